@@ -1,0 +1,46 @@
+# Everything is set up by the targets themselves, on a plain Debian or Ubuntu as root.
+#
+#   make demo      the main job on real programs, narrated, in under a minute after set-up
+#   make test      the whole test suite, real programs included
+#   make torture   kill the supervisor many more times than `make test` does (TORTURE=number)
+#   make check     lint and types
+#   make install   only what it takes for .venv/bin/podtree to work
+
+VENV := .venv
+PYTEST := $(VENV)/bin/python3 -m pytest
+TESTS ?=
+TORTURE ?= 1000
+.DEFAULT_GOAL := install
+.PHONY: install test-setup demo test torture check clean
+
+$(VENV)/.run: pyproject.toml constraints.txt scripts/venv.sh
+	@scripts/venv.sh run
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.run
+	@scripts/venv.sh test
+	@touch $@
+
+install: $(VENV)/.run
+	@scripts/packages.sh run
+
+test-setup: $(VENV)/.test
+	@scripts/packages.sh test
+
+demo: install
+	@scripts/packages.sh demo
+	@$(VENV)/bin/python3 demo/demo.py
+
+test: test-setup
+	@$(PYTEST) $(TESTS)
+
+torture: test-setup
+	@PODTREE_TORTURE=$(TORTURE) $(PYTEST) tests/torture --timeout 0 -o session_timeout=0
+
+check: $(VENV)/.test
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check --quiet tests demo || echo "ruff format would change files in tests or demo"
+	@$(VENV)/bin/mypy
+
+clean:
+	rm -rf $(VENV) build .mypy_cache .ruff_cache .pytest_cache .hypothesis

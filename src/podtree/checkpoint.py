@@ -1,0 +1,481 @@
+"""Checkpoints of one pod: freeze, collect, copy what changed, snapshot, let go, write.
+
+The `Checkpointer` lives as long as the pod's supervisor: it keeps, for each address space, the
+userfaultfd through which the kernel tells which pages were written since the last checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import mmap
+import os
+import platform
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import msgspec
+
+from podtree import collect
+from podtree.collect import ProcessView
+from podtree.errors import Problem, Refused
+from podtree.freeze import Frozen, Restarts, freeze
+from podtree.image import manifest as manifest_file
+from podtree.image import pages
+from podtree.image.manifest import Clock, Manifest, StdioSet
+from podtree.image.pages import PageFile, Run
+from podtree.kernel import mm, procfs
+from podtree.kernel.sys import PAGE_SIZE
+from podtree.objects import descriptors, memory, socketcommon, sockets, sysvipc
+from podtree.objects.contents import Contents
+from podtree.objects.context import CollectContext
+from podtree.objects.descriptors import FileTable
+from podtree.objects.memory import ScannedPages
+from podtree.pod.live import INIT, LivePod
+from podtree.script import vdso
+
+PRECOPY_BYTES = 32 << 20  # address spaces with more unsaved memory are copied before the pod is stopped
+PRECOPY_ROUNDS = 3
+COPY_CHUNK = 32 << 20
+KEPT_BUFFER = 128 << 20
+RETRY_PAUSES_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3)  # for what passes by itself
+
+
+class Draft(Protocol):
+    """What the pool offers for one checkpoint in the making."""
+
+    id: str
+
+    def flush_volume(self) -> None: ...
+    def snapshot_volume(self) -> None: ...
+    def snapshot_image(self) -> None: ...
+    def commit(self, message: str, summary: dict[str, Any]) -> Any: ...
+
+
+@dataclass(slots=True)
+class Tracker:
+    """Write tracking of one address space. `complete`: the page file holds all but what is written since."""
+
+    uffd: int
+    complete: bool = False
+    doubtful: list[Run] = field(default_factory=list)  # pages to copy whatever the kernel says of them
+
+    def close(self) -> None:
+        """Stop tracking."""
+        if self.uffd >= 0:
+            os.close(self.uffd)
+            self.uffd = -1
+
+
+@dataclass(slots=True)
+class Copied:
+    """Pages of one address space, copied while the pod was stopped."""
+
+    name: str
+    tracker: Tracker
+    saved: list[Run]
+    written: list[Run]
+    data: memoryview
+
+
+class Checkpointer:
+    """Takes the checkpoints of one pod. Not thread-safe: ptrace binds it to the thread that uses it."""
+
+    def __init__(self, live: LivePod) -> None:
+        self.live = live
+        self._trackers: dict[int, Tracker] = {}  # by pid inside the pod
+        self._restarts = Restarts()
+        self._buffer: mmap.mmap | None = None
+        self._precopied = 0  # bytes written ahead of the stop
+        self._arena = bytearray()  # for changed pages of shared memory
+        os.makedirs(live.img_dir / "mem", mode=0o700, exist_ok=True)
+        os.makedirs(live.img_dir / "shm", mode=0o700, exist_ok=True)
+
+    # --- the verbs
+
+    def check(self) -> list[Problem]:
+        """What would keep a checkpoint from working now. Stops the pod for a moment, writes nothing."""
+        try:
+            frozen = freeze(self.live.pids, self._restarts)
+        except Refused as refused:
+            return refused.problems
+        try:
+            context = self._context(frozen, dry_run=True)
+            with self._table(context) as table:
+                self._collect(frozen, context, table, track=False)
+            return context.problems
+        finally:
+            frozen.release()
+
+    def checkpoint(
+        self,
+        draft: Draft,
+        *,
+        stop: bool = False,
+        message: str = "",
+        commit: bool = True,
+        settle: Callable[[], None] = lambda: None,
+    ) -> dict[str, Any]:
+        """Take one checkpoint, durable on return. With `stop` the pod is ended once that is so.
+
+        `settle` is called when the pod is stopped, right before the volume's snapshot: what the supervisor
+        holds of the pod's output has to be in the log by then. Without `commit` the draft is left complete
+        but uncommitted, for a look at it.
+
+        Returns the summary. Raises Refused when something can't be saved; nothing was written then.
+        """
+        begun = time.monotonic()
+        draft.flush_volume()
+        self._precopied = 0
+        self._precopy()
+        for pause in (*RETRY_PAUSES_S, None):
+            try:
+                return self._checkpoint(draft, stop, message, begun, commit, settle)
+            except Refused as refused:  # nothing was copied yet: tracking is as it was
+                if pause is None or any(p.hint != socketcommon.RETRY for p in refused.problems):
+                    raise
+                time.sleep(pause)
+            except BaseException:
+                self._forget_tracking()
+                raise
+        raise AssertionError("unreachable")
+
+    def _checkpoint(
+        self, draft: Draft, stop: bool, message: str, begun: float, commit: bool, settle: Callable[[], None]
+    ) -> dict[str, Any]:
+        stopped_at = time.monotonic()
+        frozen = freeze(self.live.pids, self._restarts)
+        try:
+            context = self._context(frozen)
+            with self._table(context) as table:
+                manifest, views = self._collect(frozen, context, table, track=True)
+                if context.problems:
+                    raise Refused(context.problems)
+                copied = self._copy_pages(views)
+                manifest = _with_guards(manifest, copied)
+                settle()
+                draft.snapshot_volume()
+            if not stop:
+                frozen.release()
+            pause = time.monotonic() - stopped_at
+            written = self._precopied + self._write(manifest, copied, table)
+            draft.snapshot_image()
+            summary = {
+                "id": draft.id,
+                "pause_ms": round(pause * 1e3, 3),
+                "total_ms": round((time.monotonic() - begun) * 1e3, 3),
+                "bytes_written": written,
+                "processes": len(manifest.processes) + len(manifest.zombies),
+                "memory_bytes": sum(n for _, pages_ in copied for _, n in pages_.saved) * PAGE_SIZE,
+            }
+            if commit:
+                draft.commit(message, summary)
+            summary["total_ms"] = round((time.monotonic() - begun) * 1e3, 3)
+            if stop:
+                os.kill(self.live.init_pid, signal.SIGKILL)
+            return summary
+        finally:
+            frozen.release()
+
+    def recover(self) -> None:
+        """Put right what a supervisor that was killed may have left in the pod's tasks and objects.
+
+        Stopping the pod sends tasks home that were left inside a script (they would get there by
+        themselves, later); a userfaultfd that was just being made is closed.
+        """
+        live = self.live
+        try:
+            sockets.recover(live.pids())
+        finally:
+            live.cgroup.let_go()
+        descriptors.recover(live.img_dir, live.root_fd, live.pids(), _consoles(live).values())
+        frozen = freeze(self.live.pids, self._restarts)
+        try:
+            collect.close_leftovers(frozen)
+        finally:
+            frozen.release()
+
+    def close(self) -> None:
+        """Stop tracking; the pod goes on."""
+        self._forget_tracking()
+
+    # --- collecting
+
+    def _context(self, frozen: Frozen, *, dry_run: bool = False) -> CollectContext:
+        live = self.live
+        return CollectContext(
+            root_fd=live.root_fd,
+            log_path=live.log_path,
+            image_dir=live.img_dir,
+            processes=frozen.processes,
+            consoles=_consoles(live),
+            stdio_fds=tuple(-1 if fd is None else fd for ends in live.stdio.values() for fd in ends.pipes),
+            clock_offset_ns=live.clock.monotonic_ns,
+            dry_run=dry_run,
+            hold=live.cgroup.hold,
+            let_go=live.cgroup.let_go,
+        )
+
+    @contextlib.contextmanager
+    def _table(self, context: CollectContext) -> Iterator[FileTable]:
+        """Scope of the supervisor's duplicates: gone before the pod runs on, or a pipe would never see its end."""
+        table = FileTable(context, Contents(self.live.img_dir, self._arena))
+        try:
+            yield table
+        finally:
+            table.drop_ghosts()
+            table.release()
+
+    def _collect(
+        self, frozen: Frozen, context: CollectContext, table: FileTable, *, track: bool
+    ) -> tuple[Manifest, list[ProcessView]]:
+        views = collect.look(frozen, context, track=track)
+        self._adopt_trackers(views)
+        collected = collect.collect_processes(frozen, views, context, table)
+        mounts = collect.collect_tmpfs_mounts(self.live.init_pid, context, table.contents)
+        ipc = sysvipc.collect(context, table.contents)
+        if ipc.semaphores:
+            collect.refuse_semaphore_undo(frozen, context)
+        manifest = Manifest(
+            machine=platform.machine(),
+            kernel=platform.release(),
+            vdso=vdso.digest(),
+            xstate_size=max((len(t.xstate) for p in collected.processes for t in p.threads), default=0),
+            hostname=self.live.spec.hostname,
+            domainname="",
+            clock=self._clock(),
+            spec=msgspec.json.encode(self.live.spec),
+            processes=tuple(collected.processes),
+            zombies=tuple(collected.zombies),
+            last_pid=collected.last_pid,
+            stdio=tuple(self._stdio_sets(frozen)),
+            files=tuple(table.finish()),
+            ipc=ipc,
+            tmpfs=mounts,
+        )
+        return manifest, views
+
+    def _stdio_sets(self, frozen: Frozen) -> Iterator[StdioSet]:
+        """How the processes that were started from outside are connected to the supervisor."""
+        inner = {p.host_pid: p.pid for p in frozen.processes}
+        for name, ends in self.live.stdio.items():
+            session = self.live.sessions.get(name)
+            pid = 1 if name == INIT else inner.get(session.pid, 0) if session else 0
+            yield StdioSet(name, pid, ends.mode, ends.index)
+
+    def _clock(self) -> Clock:
+        offsets = self.live.clock
+        return Clock(
+            time.clock_gettime_ns(time.CLOCK_MONOTONIC) + offsets.monotonic_ns,
+            time.clock_gettime_ns(time.CLOCK_BOOTTIME) + offsets.boottime_ns,
+            time.time_ns(),
+        )
+
+    # --- write tracking
+
+    def _adopt_trackers(self, views: list[ProcessView]) -> None:
+        """Keep the userfaultfds of new address spaces; drop those of processes that are gone."""
+        for view in views:
+            pid = view.process.pid
+            if view.uffd >= 0:
+                if pid in self._trackers:
+                    self._trackers.pop(pid).close()
+                self._trackers[pid] = Tracker(view.uffd)
+                view.uffd = -1
+        for pid in self._trackers.keys() - {v.process.pid for v in views}:
+            self._trackers.pop(pid).close()
+
+    def _forget_tracking(self) -> None:
+        """After a failure the page files may lack what was written: start over with full comparisons."""
+        for tracker in self._trackers.values():
+            tracker.close()
+        self._trackers.clear()
+
+    def _arm(self, view: ProcessView) -> Tracker:
+        """Have all private mappings of an address space tracked."""
+        tracker = self._trackers.get(view.process.pid)
+        if tracker is None:
+            return Tracker(-1)
+        for entry in view.entries:
+            if memory.is_trackable(entry) and "uw" not in entry.flags:
+                try:
+                    mm.uffd_register(tracker.uffd, entry.start, entry.end)
+                except OSError as error:
+                    if error.errno not in (errno.ESRCH, errno.EINVAL, errno.EBUSY, errno.ENOMEM):
+                        raise
+                    tracker.close()
+                    self._trackers.pop(view.process.pid)
+                    return Tracker(-1)
+                # what moved here with mremap(2) may bring old marks along (kernels before 6.13)
+                tracker.doubtful.append((entry.start // PAGE_SIZE, entry.length // PAGE_SIZE))
+        return tracker
+
+    # --- pages
+
+    def _precopy(self) -> None:
+        """Save big address spaces that aren't tracked yet while the pod runs; the stop then finds little left."""
+        if self._untracked_bytes() < PRECOPY_BYTES:
+            return
+        frozen = freeze(self.live.pids, self._restarts)
+        try:
+            context = self._context(frozen, dry_run=True)
+            views = collect.look(frozen, context)
+            self._adopt_trackers(views)
+            armed = [(v, self._arm(v)) for v in views]
+            armed = [(v, t) for v, t in armed if not t.complete]
+            hosts = {v.process.pid: v.process.host_pid for v in views}
+        finally:
+            frozen.release()
+        for _ in range(PRECOPY_ROUNDS):
+            copied = sum(self._precopy_one(hosts[v.process.pid], v, t) for v, t in armed if t.uffd >= 0)
+            if copied < PRECOPY_BYTES:
+                break
+
+    def _untracked_bytes(self) -> int:
+        """Private memory of processes whose page files aren't complete."""
+        total = 0
+        for pid in self.live.pids():
+            with contextlib.suppress(OSError, ValueError):
+                text = procfs.status(pid)
+                tracker = self._trackers.get(procfs.ns_pids(text)[-1])
+                if tracker is None or not tracker.complete:
+                    total += int(text.get("RssAnon", "0 kB").split()[0]) << 10
+        return total
+
+    def _precopy_one(self, host: int, view: ProcessView, tracker: Tracker) -> int:
+        """Copy what is written in one running address space straight to its page file; bytes copied."""
+        try:
+            scanned = memory.scan(host, view.entries, tracked=True)
+        except (FileNotFoundError, ProcessLookupError):
+            return 0  # it has ended meanwhile
+        wanted = _wanted(scanned, tracker)
+        tracker.doubtful = []
+        mem_fd = os.open(self.live.img_dir / "mem", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        total = 0
+        try:
+            with PageFile(mem_fd, str(view.process.pid)) as file:
+                chunk = memoryview(bytearray(COPY_CHUNK))
+                for first, count in _split(wanted, COPY_CHUNK // PAGE_SIZE):
+                    total += count * PAGE_SIZE
+                    data = chunk[: count * PAGE_SIZE]
+                    try:
+                        mm.read_ranges(host, [(first * PAGE_SIZE, count * PAGE_SIZE)], data)
+                    except OSError:
+                        tracker.doubtful.append((first, count))
+                        continue
+                    file.write_changed(first, data)
+                    file.ensure_sums(first, count)
+                self._precopied += file.bytes_written
+        finally:
+            os.close(mem_fd)
+        tracker.complete = True
+        return total
+
+    def _copy_pages(self, views: list[ProcessView]) -> list[tuple[Copied, ScannedPages]]:
+        """Copy all pages that the page files don't have into one buffer."""
+        todo: list[tuple[ProcessView, Tracker, ScannedPages, list[Run]]] = []
+        total = 0
+        for view in views:
+            tracker = self._arm(view)
+            scanned = memory.scan(view.process.host_pid, view.entries, tracked=tracker.uffd >= 0)
+            wanted = _wanted(scanned, tracker)
+            total += sum(count for _, count in wanted) * PAGE_SIZE
+            todo.append((view, tracker, scanned, wanted))
+        buffer = self._room(total)
+        position = 0
+        result = []
+        for view, tracker, scanned, wanted in todo:
+            size = sum(count for _, count in wanted) * PAGE_SIZE
+            data = buffer[position : position + size]
+            ranges = [(first * PAGE_SIZE, count * PAGE_SIZE) for first, count in wanted]
+            if ranges:
+                mm.read_ranges(view.process.host_pid, ranges, data)
+            position += size
+            result.append((Copied(str(view.process.pid), tracker, scanned.saved, wanted, data), scanned))
+        return result
+
+    def _room(self, size: int) -> memoryview:
+        """A buffer that is kept from checkpoint to checkpoint: first-touching memory is slow."""
+        if self._buffer is None or len(self._buffer) < size:
+            self._buffer = mmap.mmap(-1, max(size, 4 << 20), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        return memoryview(self._buffer)
+
+    def _shrink(self) -> None:
+        """Don't sit on the memory of an unusually big checkpoint."""
+        if self._buffer is not None and len(self._buffer) > KEPT_BUFFER:
+            self._buffer.madvise(mmap.MADV_DONTNEED)
+
+    # --- writing
+
+    def _write(self, manifest: Manifest, copied: list[tuple[Copied, ScannedPages]], table: FileTable) -> int:
+        """Bring the live image directory up to date; returns the bytes written."""
+        image_fd = os.open(self.live.img_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        mem_fd = os.open("mem", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=image_fd)
+        try:
+            written = sum(_write_pages(mem_fd, one) for one, _ in copied)
+            table.contents.write(image_fd)
+            written += table.contents.changed_bytes
+            wanted = {one.name for one, _ in copied}
+            for name in os.listdir(mem_fd):
+                if name.split(".")[0] not in wanted:
+                    pages.remove(mem_fd, name.split(".")[0])
+            return written + manifest_file.save(manifest, image_fd)
+        finally:
+            self._shrink()
+            os.close(mem_fd)
+            os.close(image_fd)
+
+
+def _consoles(live: LivePod) -> dict[int, int]:
+    """The supervisor's pty masters by number."""
+    return {ends.index: ends.console for ends in live.stdio.values() if ends.console is not None}
+
+
+def _write_pages(mem_fd: int, copied: Copied) -> int:
+    """Save the copied pages of one address space; returns the bytes written."""
+    with PageFile(mem_fd, copied.name) as file:
+        old = file.old_map()
+        position = 0
+        for first, count in copied.written:
+            data = copied.data[position : position + count * PAGE_SIZE]
+            position += count * PAGE_SIZE
+            if copied.tracker.complete:
+                file.write(first, data)
+            else:
+                file.write_changed(first, data)
+                file.ensure_sums(first, count)
+        file.save_map(copied.saved, old)
+        copied.tracker.complete = copied.tracker.uffd >= 0
+        copied.tracker.doubtful.clear()
+        return file.bytes_written
+
+
+def _wanted(scanned: ScannedPages, tracker: Tracker) -> list[Run]:
+    """What has to be copied: what was written since the page file was last right, and what is in doubt."""
+    scanned.saved = pages.merge_runs(scanned.saved)
+    if not tracker.complete:
+        return scanned.saved
+    certain = pages.subtract_runs(scanned.saved, pages.merge_runs(tracker.doubtful))
+    return pages.merge_runs([*scanned.written, *pages.subtract_runs(scanned.saved, certain)])
+
+
+def _with_guards(manifest: Manifest, copied: list[tuple[Copied, ScannedPages]]) -> Manifest:
+    """Add what only the page walk shows: guard pages."""
+    guards = {int(one.name): tuple(scanned.guards) for one, scanned in copied if scanned.guards}
+    if not guards:
+        return manifest
+    processes = tuple(
+        msgspec.structs.replace(
+            p, memory=msgspec.structs.replace(p.memory, guards=guards.get(p.place.pid, ()))
+        )
+        for p in manifest.processes
+    )
+    return msgspec.structs.replace(manifest, processes=processes)
+
+
+def _split(runs: list[Run], limit: int) -> list[Run]:
+    """Runs cut into pieces of at most `limit` pages."""
+    return [(at, min(limit, first + count - at)) for first, count in runs for at in range(first, first + count, limit)]

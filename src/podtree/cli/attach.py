@@ -1,0 +1,48 @@
+"""podtree attach: this terminal, or this stdin and stdout, joined to a pod's."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from podtree.cli import common, logs, proxy
+from podtree.pod import control
+from podtree.pod import spec as specs
+from podtree.pod.spec import PodSpec
+
+
+@click.command("attach")
+@click.option("--no-stdin", is_flag=True, help="Only watch.")
+@click.option("--detach-keys", default=specs.DEFAULT_DETACH_KEYS, show_default=True, metavar="KEYS")
+@click.argument("ref", metavar="POD")
+def command(no_stdin: bool, detach_keys: str, ref: str) -> None:
+    """Attach to a pod's stdin, stdout and stderr; its exit code is passed on.
+
+    The detach keys leave it running. A pod that was started with -d and no terminal only writes to its
+    log: attaching follows that.
+    """
+    keys = specs.parse_detach_keys(detach_keys)
+    pool = common.open_pool()
+    pod = pool.pod(ref)
+    mode = PodSpec.from_dict(pod.spec).stdio
+    if mode not in ("tty", "pipes"):
+        with control.connect(pool, pod):  # or it isn't running
+            pass
+        logs.follow(pool, pod, tail=0)
+        sys.exit(control.exit_code(pool, pod))
+    terminal = mode == "tty" and proxy.is_terminal()
+
+    def connect() -> control.Client:
+        client = control.connect(pool, pod)
+        client.call("attach", size=common.terminal_size() if terminal else None)
+        return client
+
+    signals = proxy.Signals(terminal=terminal)
+    joined = proxy.Proxy(
+        connect(), signals, terminal=terminal, stdin=not no_stdin, detach_keys=keys, reconnect=connect
+    )
+    code = joined.run()
+    if code is None:
+        proxy.say(f"\ndetached from {pod.name}")
+    sys.exit(code or 0)

@@ -1,0 +1,35 @@
+"""podtree discard: throw away a losing pod, or single checkpoints."""
+
+from __future__ import annotations
+
+import json
+
+import click
+
+from podtree.cli.rm import remove
+from podtree.cli.show import find
+from podtree.pool.pool import Pool
+from podtree.pool.records import PodRecord
+
+
+@click.command("discard")
+@click.argument("refs", nargs=-1, required=True, metavar="REF...")
+@click.option("--json", "as_json", is_flag=True, help="Print a list of objects.")
+def command(refs: tuple[str, ...], as_json: bool) -> None:
+    """Throw away pods, also running ones, with all that only they used; or checkpoints.
+
+    What descends from a discarded checkpoint then descends from that one's parent. Tagged
+    checkpoints are refused.
+    """
+    done = []
+    with Pool.open() as pool:
+        for record in [find(pool, ref) for ref in dict.fromkeys(refs)]:
+            if isinstance(record, PodRecord):
+                removed, name = remove(pool, record, force=True), record.name
+            else:
+                removed, name = pool.discard(record), record.ref
+            done.append({"ref": name, "pods": list(removed.pods), "checkpoints": list(removed.checkpoints)})
+            if not as_json:
+                click.echo(name)
+    if as_json:
+        click.echo(json.dumps(done))

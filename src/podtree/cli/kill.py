@@ -1,0 +1,24 @@
+"""podtree kill."""
+
+from __future__ import annotations
+
+import click
+
+from podtree.cli import common
+from podtree.pod import control
+
+
+@click.command("kill")
+@click.option("-s", "--signal", "name", default="KILL", show_default=True, help="Name or number.")
+@click.argument("refs", nargs=-1, required=True, metavar="POD...")
+def command(name: str, refs: tuple[str, ...]) -> None:
+    """Send the first process of pods a signal. KILL ends the pod, and is waited for."""
+    number = control.parse_signal(name)
+    pool = common.open_pool()
+    for ref in refs:
+        pod = pool.pod(ref)
+        if number == 9:
+            control.end_pod(pool, pod)
+        else:
+            control.send_signal(pool, pod, number)
+        click.echo(pod.name)

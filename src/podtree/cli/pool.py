@@ -1,0 +1,44 @@
+"""podtree pool: the pool itself, for whoever cares where it is."""
+
+from __future__ import annotations
+
+import json
+
+import click
+import msgspec
+
+from podtree.pool.pool import Pool
+from podtree.pool.view import size
+
+
+@click.group("pool", hidden=True)
+def command() -> None:
+    """The place where everything is kept."""
+
+
+@command.command("info")
+@click.option("--json", "as_json", is_flag=True, help="Print one object.")
+def info(as_json: bool) -> None:
+    """Where the pool is and how full."""
+    with Pool.open() as pool:
+        found = pool.info()
+    if as_json:
+        click.echo(json.dumps(msgspec.to_builtins(found)))
+        return
+    click.echo(f"{found.home} ({found.backend}): {found.pods} pods, {found.checkpoints} checkpoints")
+    click.echo(f"{size(found.used)} used, {size(found.free)} free of {size(found.size)}")
+    if found.file is not None:
+        click.echo(
+            f"{found.file}: {size(found.file_allocated or 0)} on the disk, may grow by {size(found.growable or 0)}"
+        )
+
+
+@command.command("unmount")
+@click.option("--json", "as_json", is_flag=True, help="Print one object.")
+def unmount(as_json: bool) -> None:
+    """Unmount the pool's file and free its loop device; the next command mounts it again."""
+    from podtree.pool.home import default_home
+
+    done = Pool.close_home(default_home())
+    if as_json:
+        click.echo(json.dumps({"unmounted": done}))

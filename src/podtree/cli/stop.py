@@ -1,0 +1,21 @@
+"""podtree stop."""
+
+from __future__ import annotations
+
+import click
+
+from podtree.cli import common
+from podtree.pod import control
+
+
+@click.command("stop")
+@click.option("-t", "--timeout", type=float, default=10, show_default=True, help="Seconds until SIGKILL.")
+@click.argument("refs", nargs=-1, required=True, metavar="POD...")
+def command(timeout: float, refs: tuple[str, ...]) -> None:
+    """Stop pods: SIGTERM to the first process, SIGKILL to all when it takes too long."""
+    pool = common.open_pool()
+    for ref in refs:
+        pod = pool.pod(ref)
+        if pod.is_running:
+            control.stop(pool, pod, timeout)
+        click.echo(pod.name)

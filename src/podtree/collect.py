@@ -1,0 +1,423 @@
+"""From a frozen pod to typed state: the order in which the objects are visited.
+
+Everything here only looks (and, for unlinked files, clones them into the hidden directory). What a
+task can only tell itself, it tells by a script; see `_interview`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from podtree.freeze import Frozen
+from podtree.kernel import kcmp, mm, procfs, ptrace
+from podtree.kernel.mountinfo import mounts_of
+from podtree.kernel.pidfd import pidfd_getfd
+from podtree.kernel.procfs import MapEntry
+from podtree.kernel.sys import NR
+from podtree.objects import memory, processes, scheduling, seccomp, signals, threads, timers, tmpfs
+from podtree.objects.contents import Contents
+from podtree.objects.context import CollectContext, FrozenProcess
+from podtree.objects.descriptors import Fd, FileTable
+from podtree.objects.memory import Memory, Vma
+from podtree.objects.processes import Place, Process, Zombie
+from podtree.objects.threads import Thread
+from podtree.objects.tmpfs import TmpfsMount
+from podtree.script.task import Remote, Results, Scratch, Script
+from podtree.script.vdso import STUB_STRIDE, stub_offset
+
+USER_CS = 0x33  # 64-bit code segment (arch/x86/include/asm/segment.h)
+CALLS_PER_SCRIPT = 160
+SCRATCH_SIZE = 64 * 1024
+
+
+@dataclass(slots=True)
+class ProcessView:
+    """What one frozen process showed of itself, before it becomes state."""
+
+    process: FrozenProcess
+    entries: list[MapEntry] = field(default_factory=list)
+    threads: list[Thread] = field(default_factory=list)
+    asked: processes.Asked | None = None
+    results: Results | None = None
+    listed_timers: list[tuple[int, int, int, int, int, int]] = field(default_factory=list)
+    uffd: int = -1  # a new userfaultfd of its address space, if one was wanted
+    unreported_stops: set[int] = field(default_factory=set)  # stopped children that it hasn't waited for
+    read_ns: int = 0  # our CLOCK_MONOTONIC when the script ran
+    last_pid: int = 0  # of the pid namespace, asked of the pod's first process
+
+    @property
+    def vdso(self) -> MapEntry | None:
+        return next((e for e in self.entries if e.path == "[vdso]"), None)
+
+
+def _wants_tracking(view: ProcessView) -> bool:
+    """No private mapping is tracked: a new address space (fresh process, exec, or a lost supervisor)."""
+    return not any("uw" in e.flags for e in view.entries if memory.is_trackable(e))
+
+
+def look(frozen: Frozen, ctx: CollectContext, *, track: bool = True) -> list[ProcessView]:
+    """Read the mappings of all processes and let all tasks tell their state by script."""
+    views = []
+    stopped = _stopped_children(frozen)
+    for process in frozen.processes:
+        if process.zombie:
+            continue
+        view = ProcessView(process, procfs.smaps(process.host_pid))
+        if _can_run_scripts(view, ctx):
+            _interview(view, stopped.get(process.host_pid, []), track=track and _wants_tracking(view))
+            views.append(view)
+    return views
+
+
+def _stopped_children(frozen: Frozen) -> dict[int, list[int]]:
+    """Host pid of each parent -> inner pids of its children that are stopped by job control."""
+    found: dict[int, list[int]] = {}
+    for process in frozen.processes:
+        if not process.zombie and process.leader.group_stop:
+            found.setdefault(procfs.stat(process.host_pid).ppid, []).append(process.pid)
+    return found
+
+
+def _can_run_scripts(view: ProcessView, ctx: CollectContext) -> bool:
+    process = view.process
+    if view.vdso is None:
+        ctx.refuse(process, "vdso", "is not mapped; podtree needs it to act inside the process")
+        return False
+    for task in process.tasks:
+        if task.regs.cs != USER_CS:
+            ctx.refuse(process, f"thread {task.inner_tid}", "runs 32-bit code")
+            return False
+    return True
+
+
+def _interview(view: ProcessView, stopped_children: list[int], *, track: bool) -> None:
+    """Run the scripts of one process: the leader's, which tells for the process too, then each thread's."""
+    process = view.process
+    assert view.vdso is not None
+    address = view.vdso.start + stub_offset()
+    view.listed_timers = timers.list_posix_timers(process.host_pid)
+    timer_ids = [t[0] for t in view.listed_timers]
+    with Remote(process.leader.tid, address) as remote:
+        capacity = CALLS_PER_SCRIPT + len(timer_ids) + len(stopped_children)
+        size = SCRATCH_SIZE + (len(timer_ids) + len(stopped_children)) * 256
+        with Scratch(remote, size) as area:
+            script = Script(area.address, area.size, capacity)
+            asked_thread = threads.ask(script)
+            view.asked = processes.ask(script, timer_ids)
+            asked_stops = processes.ask_stops(script, stopped_children)
+            uffd = script.add(NR.userfaultfd, os.O_CLOEXEC | os.O_NONBLOCK | mm.UFFD_USER_MODE_ONLY) if track else -1
+            view.results = script.execute(remote)
+            view.read_ns = time.monotonic_ns()
+            if track and view.results.ok(uffd):
+                number = view.results.values[uffd]
+                view.uffd = _take_uffd(process.pidfd, number)
+                remote.do(NR.close, number)
+            view.unreported_stops = processes.read_stops(asked_stops, view.results)
+            if process.pid == 1:
+                view.last_pid = _ask_last_pid(remote, area)
+            _add_thread(view, 0, asked_thread, view.results)
+            if len(process.tasks) > 1:
+                _interview_threads(view, address + STUB_STRIDE, area.address)
+
+
+def _ask_last_pid(remote: Remote, area: Scratch) -> int:
+    """The last pid given out in the pod (pid_namespaces(7), ns_last_pid); 0 if the process can't tell."""
+    mm.write_memory(remote.tid, area.address, b"/proc/sys/kernel/ns_last_pid\0")
+    fd = remote.call(NR.open, area.address, os.O_RDONLY | os.O_CLOEXEC)
+    if fd >= 1 << 31:
+        return 0
+    count = remote.call(NR.read, fd, area.address, 32)
+    remote.do(NR.close, fd)
+    text = mm.read_memory(remote.tid, area.address, count) if count <= 32 else b""
+    return int(text) if text.strip().isdigit() else 0
+
+
+def close_leftovers(frozen: Frozen) -> None:
+    """Close userfaultfds that a killed supervisor had its tasks make; programs of a pod can't make any."""
+    for process in frozen.processes:
+        if process.zombie:
+            continue
+        for number in _descriptors_named(process.host_pid, "anon_inode:[userfaultfd]"):
+            vdso = next((e for e in procfs.maps(process.host_pid) if e.path == "[vdso]"), None)
+            if vdso:
+                with Remote(process.leader.tid, vdso.start + stub_offset()) as remote:
+                    remote.do(NR.close, number)
+
+
+def _descriptors_named(host_pid: int, name: str) -> list[int]:
+    base = f"/proc/{host_pid}/fd"
+    return [int(n) for n in os.listdir(base) if os.readlink(f"{base}/{n}") == name]
+
+
+def _take_uffd(pidfd: int, number: int) -> int:
+    fd = pidfd_getfd(pidfd, number)
+    try:
+        mm.uffd_enable(fd)
+    except OSError:
+        os.close(fd)
+        return -1
+    return fd
+
+
+def _interview_threads(view: ProcessView, address: int, scratch: int) -> None:
+    """The other threads, one after the other. They use the leader's scratch area, but a stub of their own:
+    the leader's save area must stay valid all along."""
+    for index in range(1, len(view.process.tasks)):
+        task = view.process.tasks[index]
+        with Remote(task.tid, address) as remote:
+            script = Script(scratch, SCRATCH_SIZE, 16)
+            asked = threads.ask(script)
+            results = script.execute(remote)
+        _add_thread(view, index, asked, results)
+
+
+def _add_thread(view: ProcessView, index: int, asked: threads.Asked, results: Results) -> None:
+    process = view.process
+    task = process.tasks[index]
+    with open(f"/proc/{process.host_pid}/task/{task.tid}/comm", "rb") as file:
+        comm = file.read().rstrip(b"\n")
+    view.threads.append(threads.collect(task, asked, results, comm))
+
+
+@dataclass(slots=True)
+class Collected:
+    """The state of all processes, still without pages."""
+
+    processes: list[Process]
+    zombies: list[Zombie]
+    last_pid: int
+
+
+def collect_processes(
+    frozen: Frozen, views: list[ProcessView], ctx: CollectContext, table: FileTable
+) -> Collected:
+    """Turn what was seen into state; problems go to `ctx`."""
+    places = processes.collect_places(frozen.processes)
+    inner_tid = {t.tid: t.inner_tid for p in frozen.processes for t in p.tasks}
+    mapped: dict[tuple[tuple[int, int], int, str, bool], int | None] = {}
+    unreported = {pid for v in views for pid in v.unreported_stops}
+    found = [_collect_process(v, places[v.process.pid], ctx, table, inner_tid, mapped, unreported) for v in views]
+    zombies = [_collect_zombie(p, places[p.pid]) for p in frozen.processes if p.zombie]
+    _refuse_sharing(frozen, ctx)
+    return Collected(found, zombies, max((v.last_pid for v in views), default=0))
+
+
+def _collect_process(
+    view: ProcessView,
+    place: Place,
+    ctx: CollectContext,
+    table: FileTable,
+    inner_tid: dict[int, int],
+    mapped: dict[tuple[tuple[int, int], int, str, bool], int | None],
+    unreported: set[int],
+) -> Process:
+    process, asked, results = view.process, view.asked, view.results
+    assert asked is not None and results is not None
+    host = process.host_pid
+    _refuse_task_state(view, ctx, results)
+    fds: list[Fd] = table.add_process(process)
+    if results.values[asked.brk] >> 47:
+        ctx.refuse(process, "brk", "the program break can't be read")
+    return Process(
+        place=place,
+        threads=tuple(view.threads),
+        memory=_collect_memory(view, ctx, table, results.values[asked.brk], mapped),
+        fds=tuple(fds),
+        cwd=_add_directory(process, "cwd", table),
+        root=_add_root(process, table),
+        exe=_add_link(f"/proc/{host}/exe", os.O_RDONLY, table),
+        umask=int(process.leader.status["Umask"], 8),
+        actions=signals.read_actions(asked.actions, results),
+        pending=tuple(signals.collect_pending(host, shared=True)),
+        read_ns=view.read_ns + ctx.clock_offset_ns,
+        interval_timers=timers.read_interval_timers(asked.interval_timers, results),
+        posix_timers=tuple(processes.collect_posix_timers(view.listed_timers, asked, results, inner_tid)),
+        limits=scheduling.collect_limits(host),
+        personality=results.values[asked.personality],
+        dumpable=results.values[asked.dumpable],
+        child_subreaper=bool(results.i32(asked.subreaper)),
+        thp_disable=bool(results.values[asked.thp]),
+        membarrier=results.values[asked.membarrier] if results.ok(asked.membarrier) else 0,
+        stopped_by=process.leader.group_stop,
+        stop_reported=process.pid not in unreported,
+    )
+
+
+def _collect_memory(
+    view: ProcessView,
+    ctx: CollectContext,
+    table: FileTable,
+    brk: int,
+    mapped: dict[tuple[tuple[int, int], int, str, bool], int | None],
+) -> Memory:
+    process = view.process
+
+    def file_of(entry: MapEntry, writable: bool) -> int | None:
+        key = (entry.device, entry.inode, entry.path, writable)
+        if key not in mapped:
+            mapped[key] = _add_mapped_file(process, entry, writable, ctx, table)
+        return mapped[key]
+
+    vmas: list[Vma] = memory.collect_vmas(view.entries, file_of, functools.partial(ctx.refuse, process))
+    return Memory(
+        vmas=tuple(vmas), layout=memory.collect_layout(process.host_pid, brk), pages=str(process.pid)
+    )
+
+
+def _add_mapped_file(
+    process: FrozenProcess, entry: MapEntry, writable: bool, ctx: CollectContext, table: FileTable
+) -> int | None:
+    name = f"mapping {entry.start:x}-{entry.end:x} {entry.path}"
+    if entry.path.startswith("anon_inode:") or entry.path.startswith("socket:"):
+        ctx.refuse(process, name, "maps kernel memory that can't be made again")
+        return None
+    path = f"/proc/{process.host_pid}/map_files/{entry.start:x}-{entry.end:x}"
+    try:
+        return _add_link(path, os.O_RDWR if writable else os.O_RDONLY, table)
+    except OSError as error:
+        ctx.refuse(process, name, f"the mapped file can't be opened: {error.strerror}")
+        return None
+
+
+def _add_link(path: str, flags: int, table: FileTable) -> int:
+    fd = os.open(path, flags | os.O_CLOEXEC)
+    try:
+        return table.add_local(fd, os.readlink(path))
+    finally:
+        os.close(fd)
+
+
+def _add_directory(process: FrozenProcess, which: str, table: FileTable) -> int:
+    return _add_link(f"/proc/{process.host_pid}/{which}", os.O_PATH | os.O_DIRECTORY, table)
+
+
+def _add_root(process: FrozenProcess, table: FileTable) -> int:
+    """-1 for the pod's root; a chroot is registered."""
+    if os.readlink(f"/proc/{process.host_pid}/root") == "/":
+        return -1
+    return _add_directory(process, "root", table)
+
+
+def _collect_zombie(process: FrozenProcess, place: Place) -> Zombie:
+    stat = procfs.stat(process.host_pid)
+    return Zombie(place=place, comm=os.fsencode(process.comm), status=stat.exit_code)
+
+
+_NAMESPACES = ("mnt", "net", "ipc", "uts", "cgroup", "pid", "user", "time")
+
+
+def _refuse_task_state(view: ProcessView, ctx: CollectContext, results: Results) -> None:
+    """What a task can have and this engine does not save."""
+    process, asked = view.process, view.asked
+    assert asked is not None
+    if results.ok(asked.mdwe) and results.values[asked.mdwe]:
+        ctx.refuse(process, "PR_SET_MDWE", "memory-deny-write-execute is on")
+    if results.ok(asked.ldt) and results.values[asked.ldt]:
+        ctx.refuse(process, "local descriptor table", "has segments of its own (modify_ldt)")
+    for task in process.tasks:
+        if ptrace.syscall_dispatch_is_on(task.tid):
+            ctx.refuse(process, f"thread {task.inner_tid}", "uses syscall user dispatch")
+    for thread in view.threads:
+        if seccomp.needs_listener(thread.seccomp):
+            ctx.refuse(process, f"thread {thread.tid}", "has a seccomp filter that notifies another process")
+        if thread.xstate == b"":
+            ctx.refuse(process, f"thread {thread.tid}", "its FPU state can't be read")
+    for task in process.tasks[1:]:
+        if not _same_link(process.leader.tid, task.tid, "cwd") or not _same_link(
+            process.leader.tid, task.tid, "root"
+        ):
+            ctx.refuse(process, f"thread {task.inner_tid}", "has a working or root directory of its own")
+
+
+def _same_link(a: int, b: int, name: str) -> bool:
+    return os.readlink(f"/proc/{a}/{name}") == os.readlink(f"/proc/{b}/{name}")
+
+
+def _refuse_sharing(frozen: Frozen, ctx: CollectContext) -> None:
+    """Namespaces other than the pod's; a tracer inside the pod; tables shared between processes."""
+    living = [p for p in frozen.processes if not p.zombie]
+    if not living:
+        return
+    init = living[0]
+    names = {n: _namespace(init.host_pid, n) for n in _NAMESPACES}
+    for process in living:
+        for task in process.tasks:
+            for name, expected in names.items():
+                if _namespace(task.tid, name) != expected:
+                    ctx.refuse(process, f"{name} namespace", "is not the pod's own")
+    _refuse_shared_tables(living, ctx)
+
+
+def _namespace(tid: int, name: str) -> str:
+    with contextlib.suppress(FileNotFoundError):
+        return os.readlink(f"/proc/{tid}/ns/{name}")
+    return ""
+
+
+def _refuse_shared_tables(living: list[FrozenProcess], ctx: CollectContext) -> None:
+    kinds = (
+        (kcmp.KCMP_VM, "address space"),
+        (kcmp.KCMP_FILES, "descriptor table"),
+        (kcmp.KCMP_FS, "working directory and root (CLONE_FS)"),
+        (kcmp.KCMP_SIGHAND, "signal actions (CLONE_SIGHAND)"),
+    )
+    for kind, name in kinds:
+        for a, b in _equal_pairs(living, kind):
+            ctx.refuse(b, name, f"is shared with process {a.pid}")
+
+
+def refuse_semaphore_undo(frozen: Frozen, ctx: CollectContext) -> None:
+    """SEM_UNDO can't be read from outside; whoever has an undo list, in a pod with semaphores, may use it.
+
+    This process has no list, so whoever compares equal to it has none either. Threads share one that is
+    made with the first of them, used or not.
+    """
+    for process in frozen.processes:
+        for task in process.tasks[:1]:
+            if kcmp.compare_tasks(os.getpid(), task.tid, kcmp.KCMP_SYSVSEM) != 0:
+                reason = "may have adjustments pending (SEM_UNDO), which no one can read"
+                ctx.refuse(process, "System V semaphores", reason)
+
+
+def _equal_pairs(living: list[FrozenProcess], kind: int) -> Iterator[tuple[FrozenProcess, FrozenProcess]]:
+    """Processes that share a kernel object: sort by kcmp(2)'s order, then compare neighbours."""
+
+    def order(a: FrozenProcess, b: FrozenProcess) -> int:
+        return kcmp.compare_tasks(a.host_pid, b.host_pid, kind)
+
+    ordered = sorted(living, key=functools.cmp_to_key(order))
+    for a, b in itertools.pairwise(ordered):
+        if order(a, b) == 0:
+            yield a, b
+
+
+def collect_tmpfs_mounts(init_pid: int, ctx: CollectContext, contents: Contents) -> tuple[TmpfsMount, ...]:
+    """The contents of the pod's writable memory file systems, by mount point.
+
+    Read-only ones are masks. The pod could have put a link in the way of a mount point: what is opened
+    must be on the device that mountinfo names.
+    """
+    found = []
+    for mount in mounts_of(init_pid).values():
+        if mount.fstype == "mqueue":
+            for name in os.listdir(f"/proc/{init_pid}/root".encode() + mount.point):
+                queue = f"POSIX message queue /{os.fsdecode(name)}"
+                ctx.refuse(None, queue, "can't be saved", "remove it with mq_unlink(3)")
+        if mount.fstype != "tmpfs" or mount.root != b"/" or b"ro" in mount.options.split(b","):
+            continue
+        path = f"/proc/{init_pid}/root".encode() + mount.point
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            if os.fstat(fd).st_dev == mount.device:
+                found.append(tmpfs.collect_tmpfs(os.fsdecode(mount.point), fd, ctx, contents))
+            else:
+                ctx.refuse(None, f"tmpfs {os.fsdecode(mount.point)}", "can't be reached: something is in its way")
+        finally:
+            os.close(fd)
+    return tuple(found)

@@ -1,0 +1,356 @@
+"""Regular files and directories: by path, or unlinked ones as *ghosts* in the volume's hidden directory.
+
+A ghost is a reflink (FICLONE) of the unlinked file, made while the pod is frozen and before the volume's snapshot, so
+it costs O(extents) however large the file is. Files that other names still refer to get a hard link there instead,
+which keeps their identity. At restore a ghost is given its old name for the moment of opening it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import stat
+from collections.abc import Iterable
+
+import msgspec
+
+from podtree.errors import Damaged, RestoreFailed
+from podtree.kernel import fdops
+from podtree.objects.context import CollectContext, RestoreContext
+from podtree.objects.held import PSEUDO, Held, PodView, former_name, path_bytes, path_text
+from podtree.objects.scratch import kept_times, temporary_name
+
+HIDDEN = b".podtree"  # below the volume's root; masked inside of the pod
+_HALFWAY = re.compile(r"\.podtree-g\d+")  # a link on its way there
+COPY_BLOCK = 1 << 20
+
+#: What open(2) may be given again. O_CREAT, O_EXCL, O_NOCTTY and O_TRUNC never show in F_GETFL.
+OPEN_FLAGS = (
+    os.O_ACCMODE | os.O_APPEND | os.O_NONBLOCK | os.O_SYNC | os.O_DSYNC | os.O_DIRECT
+    | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_NOATIME | os.O_PATH
+)  # fmt: skip
+
+
+class RegularFile(msgspec.Struct, frozen=True, tag="file"):
+    """A file with a name. `external`: on a file system that is not the pod's (a bind mount), so it may change.
+
+    `size` (bytes) and `mtime` (ns) must be the same at restore, unless it is external.
+    """
+
+    path: str
+    size: int
+    mtime: int
+    external: bool = False
+
+
+class Ghost(msgspec.Struct, frozen=True, tag="ghost"):
+    """A file whose name `path` is gone; its contents are `name` in the hidden directory.
+
+    `linked`: it has other names, so that is a hard link and not a copy.
+    """
+
+    path: str
+    name: str
+    size: int
+    linked: bool = False
+
+
+class Directory(msgspec.Struct, frozen=True, tag="directory"):
+    """A directory; a deleted one is made again and removed. `key` tells deleted ones of the same path apart."""
+
+    path: str
+    deleted: bool = False
+    key: str = ""
+    mode: int = 0o755
+    uid: int = 0
+    gid: int = 0
+
+
+class LogFile(msgspec.Struct, frozen=True, tag="log"):
+    """The pod's log, which lies beside its root file system."""
+
+
+class PathNode(msgspec.Struct, frozen=True, tag="path"):
+    """An O_PATH descriptor of what is no regular file and no directory. `kind` is its S_IFMT."""
+
+    path: str
+    kind: int
+
+
+FileStates = RegularFile | Ghost | Directory | LogFile | PathNode
+
+
+# ----------------------------------------------------------------------------------------------- collect
+
+
+class GhostKeeper:
+    """Makes the ghosts of one checkpoint, one per inode, and removes them from the live volume afterwards."""
+
+    def __init__(self, ctx: CollectContext, view: PodView) -> None:
+        self.ctx = ctx
+        self.view = view
+        self.made: dict[tuple[int, int], tuple[str, bool]] = {}  # inode -> name, linked
+        if not ctx.dry_run:
+            sweep(ctx.root_fd)
+
+    def save(self, held: Held) -> Ghost:
+        """The ghost of an inode that has no usable name; OSError if it can't be made."""
+        if held.inode not in self.made:
+            name = f"g{len(self.made)}"
+            linked = held.stat.st_nlink > 0
+            if not self.ctx.dry_run:
+                make_hidden_directory(self.ctx.root_fd)
+                linked = linked and self._link(held, name.encode())
+                if not linked:
+                    self._clone(held, name.encode())
+            self.made[held.inode] = name, linked
+        name, linked = self.made[held.inode]
+        return Ghost(path_text(former_name(held.link)), name, held.stat.st_size, linked)
+
+    def _clone(self, held: Held, name: bytes) -> None:
+        source = fdops.reopen(held.fd, os.O_RDONLY | os.O_NOATIME)
+        target = os.open(
+            HIDDEN + b"/" + name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=self.ctx.root_fd
+        )
+        try:
+            try:
+                fdops.clone_contents(source, target)
+            except OSError as error:
+                # A file of the lower layer that was unlinked without ever being written: another file system.
+                if error.errno not in (errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP):
+                    raise
+                copy_sparse(source, target, held.stat.st_size)
+            copy_attributes(source, target)
+        finally:
+            os.close(source)
+            os.close(target)
+
+    def _link(self, held: Held, name: bytes) -> bool:
+        """link(2) wants both names on one mount, and the hidden directory can't be reached through the pod's.
+
+        False for a deleted file of the lower layer: its link count, on the other file system, stays above 0.
+        """
+        temporary = b".podtree-" + name  # _HALFWAY
+        root = self.ctx.root_fd
+        with kept_times(b".", root):
+            try:
+                fdops.link_fd(held.fd, self.view.root, os.fsdecode(temporary))
+            except FileNotFoundError:
+                return False
+            os.rename(temporary, HIDDEN + b"/" + name, src_dir_fd=root, dst_dir_fd=root)
+        return True
+
+    def release(self) -> None:
+        """After the snapshot: take the ghosts out of the live volume."""
+        if not self.ctx.dry_run:
+            sweep(self.ctx.root_fd)
+
+
+def make_hidden_directory(root_fd: int) -> None:
+    """Make upper/.podtree if it is not there."""
+    try:
+        os.stat(HIDDEN, dir_fd=root_fd, follow_symlinks=False)
+    except FileNotFoundError:
+        with kept_times(b".", root_fd):
+            os.mkdir(HIDDEN, 0o700, dir_fd=root_fd)
+
+
+def sweep(root_fd: int) -> None:
+    """Remove all ghosts, also those that a killed checkpoint left."""
+    for name in _names(b".", root_fd):
+        if _HALFWAY.fullmatch(name):
+            with kept_times(b".", root_fd):
+                os.unlink(name, dir_fd=root_fd)
+    with contextlib.suppress(FileNotFoundError):
+        for name in _names(HIDDEN, root_fd):
+            os.unlink(HIDDEN + b"/" + os.fsencode(name), dir_fd=root_fd)
+
+
+def _names(directory: bytes, dir_fd: int) -> list[str]:
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dir_fd)
+    try:
+        return os.listdir(fd)
+    finally:
+        os.close(fd)
+
+
+def copy_sparse(source: int, target: int, size: int) -> None:
+    """Copy the data of a file, leaving its holes holes."""
+    os.ftruncate(target, size)
+    position = 0
+    while position < size:
+        try:
+            start = os.lseek(source, position, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # only a hole follows
+                return
+            raise
+        end = os.lseek(source, start, os.SEEK_HOLE)
+        while start < end:
+            block = os.pread(source, min(COPY_BLOCK, end - start), start)
+            if not block:
+                return
+            os.pwrite(target, block, start)
+            start += len(block)
+        position = end
+
+
+def copy_attributes(source: int, target: int) -> None:
+    """Owner, mode, extended attributes (ACLs and file capabilities among them) and times."""
+    st = os.fstat(source)
+    os.fchown(target, st.st_uid, st.st_gid)
+    os.fchmod(target, stat.S_IMODE(st.st_mode))
+    for name in os.listxattr(source):
+        os.setxattr(target, name, os.getxattr(source, name))
+    os.utime(target, ns=(st.st_atime_ns, st.st_mtime_ns))
+
+
+def collect_file(held: Held, ctx: CollectContext, view: PodView, ghosts: GhostKeeper) -> FileStates | None:
+    """State of a regular file, directory, symbolic link, or anything opened with O_PATH; None when refused."""
+    if held.inode == view.log:
+        return LogFile()
+    where = view.mount_of(held)
+    if where is None:
+        held.refuse(ctx, "it was opened outside of the pod's mounts", "close it, or bind its directory with -v")
+        return None
+    # /proc is mounted by the pod's pid 1, later than the builder could open anything there.
+    if where.fstype in PSEUDO and (held.kind != stat.S_IFDIR or where.fstype == "proc"):
+        hint = "close it, or try again if it is only open for a moment"
+        held.refuse(ctx, f"an open file of {where.fstype} can't be saved", hint)
+        return None
+    external = not (view.on_volume(where) or view.on_own_tmpfs(where) or where.fstype in PSEUDO)
+    name = view.current_name(held)
+    if held.kind == stat.S_IFDIR:
+        return _collect_directory(held, name, ctx, external or where.fstype in PSEUDO)
+    if name is not None:
+        if held.kind != stat.S_IFREG:
+            return PathNode(path_text(name), held.kind)
+        return RegularFile(path_text(name), held.stat.st_size, held.stat.st_mtime_ns, external)
+    if held.kind != stat.S_IFREG:
+        held.refuse(ctx, "an O_PATH descriptor of something that has no name any more")
+        return None
+    if held.stat.st_nlink and not view.on_volume(where):
+        held.refuse(ctx, "the name it was opened by is gone, and its other names are unknown", "close it")
+        return None
+    try:
+        return ghosts.save(held)
+    except OSError as error:
+        held.refuse(ctx, f"the unlinked file can't be kept: {error}", "see that the pool has space")
+        return None
+
+
+def _collect_directory(held: Held, name: bytes | None, ctx: CollectContext, foreign: bool) -> Directory | None:
+    if name is not None:
+        return Directory(path_text(name))
+    if foreign or not held.link.endswith(b" (deleted)"):
+        held.refuse(ctx, "a directory that can't be reached by its path", "a mount may lie over it")
+        return None
+    return Directory(
+        path_text(former_name(held.link)),
+        deleted=True,
+        key=f"{held.stat.st_dev:x}:{held.stat.st_ino}",
+        mode=stat.S_IMODE(held.stat.st_mode),
+        uid=held.stat.st_uid,
+        gid=held.stat.st_gid,
+    )
+
+
+# ----------------------------------------------------------------------------------------------- restore
+
+
+def open_kind(path: bytes, flags: int, kind: int) -> int:
+    """Open what must be of type `kind` (S_IFMT) there; nothing else is ever opened, only looked at."""
+    probe = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        found = os.fstat(probe)
+        if stat.S_IFMT(found.st_mode) != kind:
+            raise RestoreFailed(
+                f"{os.fsdecode(path)} is of another type than at the checkpoint",
+                "the files below the pod, or of its bind mounts, have changed",
+            )
+        if flags & (os.O_PATH | os.O_NOFOLLOW):
+            fd = os.open(path, flags & OPEN_FLAGS | os.O_CLOEXEC)
+        else:
+            fd = fdops.reopen(probe, flags & OPEN_FLAGS)
+    finally:
+        os.close(probe)
+    return fd
+
+
+def restore_file(state: RegularFile | LogFile | PathNode, flags: int, ctx: RestoreContext) -> int:
+    """Open it again by its path, and see that it is what it was."""
+    if isinstance(state, LogFile):
+        return fdops.reopen(ctx.log_path_fd, flags & OPEN_FLAGS & ~os.O_NOFOLLOW)
+    path = path_bytes(state.path)
+    if isinstance(state, PathNode):
+        return open_kind(path, flags | os.O_PATH | os.O_NOFOLLOW, state.kind)
+    fd = open_kind(path, flags, stat.S_IFREG)
+    if not state.external:
+        st = os.fstat(fd)
+        if (st.st_size, st.st_mtime_ns) != (state.size, state.mtime):
+            os.close(fd)
+            raise RestoreFailed(
+                f"{state.path} has changed since the checkpoint "
+                f"(size {state.size}, now {st.st_size}; modified {state.mtime} ns, now {st.st_mtime_ns} ns)",
+                "a file of the root file system below the pod was replaced (an upgrade?); put the old one back",
+            )
+    return fd
+
+
+def restore_ghosts(entries: list[tuple[int, int, Ghost]], ctx: RestoreContext) -> dict[int, int]:
+    """Open all ghosts and remove them from the volume. `entries`: (OpenFile id, flags, state)."""
+    result = {}
+    root = ctx.root_fd
+    for number, flags, state in entries:
+        if not state.name.isalnum():
+            raise Damaged(f"the image has an impossible ghost name: {state.name!r}")
+        hidden = HIDDEN + b"/" + state.name.encode()
+        try:
+            st = os.stat(hidden, dir_fd=root, follow_symlinks=False)
+        except FileNotFoundError as error:
+            raise Damaged(f"the contents of the unlinked file {state.path} are missing in the volume") from error
+        if not stat.S_ISREG(st.st_mode) or (not state.linked and st.st_size != state.size):
+            raise Damaged(f"the contents of the unlinked file {state.path} are not what was saved")
+        result[number] = _open_ghost(hidden, st, state, flags, root)
+    sweep(root)
+    return result
+
+
+def _open_ghost(hidden: bytes, st: os.stat_result, state: Ghost, flags: int, root: int) -> int:
+    def make(name: bytes) -> None:
+        os.link(hidden, name.lstrip(b"/"), src_dir_fd=root, dst_dir_fd=root, follow_symlinks=False)
+
+    def remove(name: bytes) -> None:
+        os.unlink(name.lstrip(b"/"), dir_fd=root)
+
+    path = path_bytes(state.path)
+    for candidate in (path, b"/" + HIDDEN + b"-lost"):  # the second: where a mount lies over the first's directory
+        with temporary_name(candidate, make, remove) as name:
+            try:
+                found = os.lstat(name)
+            except FileNotFoundError:
+                continue
+            if (found.st_dev, found.st_ino) == (st.st_dev, st.st_ino):
+                return open_kind(name, flags, stat.S_IFREG)
+    raise RestoreFailed(f"can't give the unlinked file {state.path} a name to open it by")
+
+
+def restore_directories(entries: Iterable[tuple[int, int, Directory]]) -> dict[int, int]:
+    """Open directories; deleted ones are made, opened as often as needed, and removed."""
+    result = {}
+    deleted: dict[str, list[tuple[int, int, Directory]]] = {}
+    for number, flags, state in entries:
+        if state.deleted:
+            deleted.setdefault(state.key, []).append((number, flags, state))
+        else:
+            result[number] = open_kind(path_bytes(state.path), flags, stat.S_IFDIR)
+    for group in deleted.values():
+        state = group[0][2]
+        with temporary_name(path_bytes(state.path), lambda p: os.mkdir(p, 0o700), os.rmdir) as name:
+            os.chown(name, state.uid, state.gid)
+            os.chmod(name, state.mode & 0o7777)
+            for number, flags, _ in group:
+                result[number] = open_kind(name, flags, stat.S_IFDIR)
+    return result

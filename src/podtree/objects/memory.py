@@ -1,0 +1,341 @@
+"""Address spaces: mappings, which pages hold data of their own, and how they come back.
+
+Anonymous memory comes back as anonymous memory, filled by copying: a private mapping of the page
+file would bring old bytes back after MADV_DONTNEED, where programs rely on zeros.
+
+Sources: proc_pid_smaps(5), mmap(2), madvise(2), PR_SET_MM (PR_SET_MM_MAP), arch_prctl(2).
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+import itertools
+import os
+import struct
+from collections.abc import Callable
+
+import msgspec
+
+from podtree.kernel import mm, procfs
+from podtree.kernel.procfs import MapEntry
+from podtree.kernel.sys import NR, PAGE_SIZE
+from podtree.script.task import Script
+
+ARCH_MAP_VDSO_64 = 0x2003
+PR_SET_MM, PR_SET_MM_MAP = 35, 14
+SHM_RDONLY, SHM_REMAP = 0o10000, 0o40000
+
+# VmFlags (Documentation/filesystems/proc.rst) that madvise(2) brings back
+ADVICE = {"sr": 2, "rr": 1, "dc": 10, "wf": 18, "dd": 16, "hg": 14, "nh": 15, "mg": 12}
+MADV_GUARD_INSTALL = 102
+REFUSED_FLAGS = {
+    "io": "maps device memory",
+    "pf": "maps device memory",
+    "ht": "uses huge pages of hugetlbfs",
+    "sl": "is sealed with mseal(2)",
+    "ss": "is a shadow stack",
+    "dp": "is droppable memory",
+    "um": "is registered with userfaultfd by the program",
+    "ui": "is registered with userfaultfd by the program",
+}
+
+
+class VmaKind(enum.StrEnum):
+    """Where the contents of a mapping come from."""
+
+    ANON = "anon"  # private anonymous
+    FILE = "file"  # a file, private or shared; also memfd and shared anonymous memory
+    SYSV = "sysv"  # attached System V shared memory
+    VDSO = "vdso"  # vvar and vdso together
+
+
+class Vma(msgspec.Struct, frozen=True, kw_only=True):
+    """One mapping [start, end)."""
+
+    start: int
+    end: int
+    kind: VmaKind
+    prot: int  # PROT_*
+    shared: bool = False
+    file: int = -1  # OpenFile.id for FILE, shm id for SYSV
+    offset: int = 0
+    grows_down: bool = False
+    no_reserve: bool = False
+    locked: bool = False
+    advice: tuple[str, ...] = ()  # VmFlags of ADVICE
+
+
+class MemoryLayout(msgspec.Struct, frozen=True, kw_only=True):
+    """struct prctl_mm_map: where the kernel believes code, data, heap, stack, arguments are."""
+
+    start_code: int
+    end_code: int
+    start_data: int
+    end_data: int
+    start_brk: int
+    brk: int
+    start_stack: int
+    arg_start: int
+    arg_end: int
+    env_start: int
+    env_end: int
+    auxv: bytes
+
+
+class Memory(msgspec.Struct, frozen=True, kw_only=True):
+    """One address space. `pages` names its page file; `guards` are (address, length)."""
+
+    vmas: tuple[Vma, ...]
+    layout: MemoryLayout
+    pages: str
+    guards: tuple[tuple[int, int], ...] = ()
+
+
+def is_vdso(entry: MapEntry) -> bool:
+    """The kernel's own mappings: vvar, vvar_vclock, vdso."""
+    return entry.path in ("[vdso]", "[vvar]", "[vvar_vclock]")
+
+
+def is_trackable(entry: MapEntry) -> bool:
+    """Private mappings, whose written pages are found with userfaultfd."""
+    return entry.perms[3] == "p" and not is_vdso(entry) and entry.path != "[vsyscall]"
+
+
+def collect_vmas(
+    entries: list[MapEntry], file_of: Callable[[MapEntry, bool], int | None], refuse: Callable[[str, str], None]
+) -> list[Vma]:
+    """Turn /proc/PID/smaps into state.
+
+    `file_of(entry, writable)` registers the mapped file and gives its id, or None after refusing.
+    `refuse(object, reason)` notes a mapping that can't be saved.
+    """
+    found: list[Vma] = []
+    vdso = [e for e in entries if is_vdso(e)]
+    for entry in entries:
+        if is_vdso(entry) or entry.path == "[vsyscall]":
+            continue
+        vma = _collect_vma(entry, file_of, refuse)
+        if vma:
+            found.append(vma)
+    if vdso:
+        if vdso[-1].path != "[vdso]" or any(a.end != b.start for a, b in itertools.pairwise(vdso)):
+            refuse("vdso", "is partly unmapped or moved")
+        start, end = vdso[0].start, vdso[-1].end
+        found.append(Vma(start=start, end=end, kind=VmaKind.VDSO, prot=mm.PROT_READ | mm.PROT_EXEC))
+    else:
+        refuse("vdso", "is not mapped; podtree needs it to act inside the process")
+    return sorted(found, key=lambda v: v.start)
+
+
+def _collect_vma(
+    entry: MapEntry, file_of: Callable[[MapEntry, bool], int | None], refuse: Callable[[str, str], None]
+) -> Vma | None:
+    name = f"mapping {entry.start:x}-{entry.end:x} {entry.path}".rstrip()
+    for flag, reason in REFUSED_FLAGS.items():
+        if flag in entry.flags:
+            refuse(name, reason)
+            return None
+    if entry.protection_key:
+        refuse(name, "has a protection key (pkey_mprotect)")
+        return None
+    shared = entry.perms[3] == "s"
+    kind, file = VmaKind.ANON, -1
+    if entry.path.startswith("/SYSV"):
+        kind, file = VmaKind.SYSV, entry.inode  # the inode number is the segment's id (ipc/shm.c)
+    elif entry.inode and not (entry.path == "/dev/zero" and not shared):
+        kind = VmaKind.FILE
+        number = file_of(entry, shared and "mw" in entry.flags)
+        if number is None:
+            return None
+        file = number
+    elif shared:
+        refuse(name, "is shared memory without an inode")
+        return None
+    prot = sum(
+        bit
+        for letter, bit in zip("rwx", (mm.PROT_READ, mm.PROT_WRITE, mm.PROT_EXEC), strict=True)
+        if letter in entry.perms
+    )
+    return Vma(
+        start=entry.start,
+        end=entry.end,
+        kind=kind,
+        prot=prot,
+        shared=shared,
+        file=file,
+        offset=entry.offset if kind is not VmaKind.ANON else 0,
+        grows_down="gd" in entry.flags,
+        no_reserve="nr" in entry.flags,
+        locked="lo" in entry.flags,
+        advice=tuple(sorted(entry.flags & ADVICE.keys())),
+    )
+
+
+def collect_layout(pid: int, brk: int) -> MemoryLayout:
+    """Layout of a stopped process from /proc/PID/stat and auxv; `brk` is the current program break."""
+    stat = procfs.stat(pid)
+    with open(f"/proc/{pid}/auxv", "rb") as file:
+        auxv = file.read()
+    return MemoryLayout(
+        start_code=stat.start_code,
+        end_code=stat.end_code,
+        start_data=stat.start_data,
+        end_data=stat.end_data,
+        start_brk=stat.start_brk,
+        brk=brk,
+        start_stack=stat.start_stack,
+        arg_start=stat.arg_start,
+        arg_end=stat.arg_end,
+        env_start=stat.env_start,
+        env_end=stat.env_end,
+        auxv=auxv,
+    )
+
+
+class ScannedPages(msgspec.Struct):
+    """Runs (first page, count) of one address space's private mappings."""
+
+    saved: list[tuple[int, int]]  # hold data of their own
+    written: list[tuple[int, int]]  # the part of `saved` written since the last scan
+    guards: list[tuple[int, int]]
+
+
+def scan(pid: int, entries: list[MapEntry], *, tracked: bool) -> ScannedPages:
+    """Walk the private mappings: what is there, what was written since the last walk.
+
+    Tracked mappings are walked in one go and write-protected again; others count as all written.
+    A page of a private file mapping that is still the file's own (PAGE_IS_FILE), and the shared zero
+    page, hold nothing to save. ProcessLookupError if the process has ended, which one that runs may at any time.
+    """
+    anyof = mm.PAGE_IS_PRESENT | mm.PAGE_IS_SWAPPED | _guard_category()
+    returned = mm.PAGE_IS_WRITTEN | mm.PAGE_IS_FILE | mm.PAGE_IS_PFNZERO | _guard_category()
+    try:
+        fd = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError as error:
+        raise ProcessLookupError(error.errno, f"process {pid} has ended") from error
+    try:
+        if tracked:
+            regions = mm.scan_pages(
+                fd,
+                0,
+                mm.TASK_SIZE,
+                allof=mm.PAGE_IS_WPALLOWED,
+                anyof=anyof,
+                returned=returned,
+                flags=mm.PM_SCAN_WP_MATCHING,
+            )
+        else:
+            private = [e for e in entries if is_trackable(e)]
+            regions = [
+                (start, end, categories | mm.PAGE_IS_WRITTEN)
+                for e in private
+                for start, end, categories in mm.scan_pages(fd, e.start, e.end, anyof=anyof, returned=returned)
+            ]
+    finally:
+        os.close(fd)
+    pages = ScannedPages([], [], [])
+    for start, end, categories in regions:
+        run = (start // PAGE_SIZE, (end - start) // PAGE_SIZE)
+        if categories & mm.PAGE_IS_GUARD:
+            pages.guards.append((start, end - start))
+        elif not categories & (mm.PAGE_IS_FILE | mm.PAGE_IS_PFNZERO):
+            pages.saved.append(run)
+            if categories & mm.PAGE_IS_WRITTEN:
+                pages.written.append(run)
+    return pages
+
+
+@functools.cache
+def _guard_category() -> int:
+    """PAGE_IS_GUARD if this kernel (6.15+) knows it, else 0."""
+    fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        mm.scan_pages(fd, 0x10000, 0x11000, anyof=mm.PAGE_IS_GUARD, returned=mm.PAGE_IS_GUARD)
+    except OSError:
+        return 0
+    finally:
+        os.close(fd)
+    return mm.PAGE_IS_GUARD
+
+
+def map_flags(vma: Vma) -> int:
+    """mmap(2) flags that make this mapping again."""
+    flags = mm.MAP_FIXED_NOREPLACE | (mm.MAP_SHARED if vma.shared else mm.MAP_PRIVATE)
+    if vma.kind is VmaKind.ANON:
+        flags |= mm.MAP_ANONYMOUS
+    if vma.grows_down:
+        flags |= mm.MAP_GROWSDOWN
+    if vma.no_reserve:
+        flags |= mm.MAP_NORESERVE
+    return flags
+
+
+def restore_vma(vma: Vma, script: Script, slot_base: int, fill: bool) -> None:
+    """Add the calls that make one mapping; writable for now if pages are to be filled in.
+
+    Only then: a reservation of terabytes without access rights must not count as committed memory.
+    """
+    what = f"map {vma.start:#x}-{vma.end:#x}"
+    length = vma.end - vma.start
+    if vma.kind is VmaKind.VDSO:
+        script.add(NR.arch_prctl, ARCH_MAP_VDSO_64, vma.start, name=f"{what} (vdso)")
+    elif vma.kind is VmaKind.SYSV:
+        flags = 0 if vma.prot & mm.PROT_WRITE else SHM_RDONLY
+        script.add(NR.shmat, vma.file, vma.start, flags, name=f"{what} (shmat)")
+    else:
+        prot = vma.prot | mm.PROT_READ | mm.PROT_WRITE if fill else vma.prot
+        fd = slot_base + vma.file if vma.kind is VmaKind.FILE else -1
+        script.add(NR.mmap, vma.start, length, prot, map_flags(vma), fd, vma.offset, name=what)
+
+
+def settle_vma(vma: Vma, script: Script, filled: bool) -> None:
+    """Add the calls that give a filled mapping its protection and advice."""
+    length = vma.end - vma.start
+    what = f"{vma.start:#x}-{vma.end:#x}"
+    for flag in vma.advice:
+        script.add(NR.madvise, vma.start, length, ADVICE[flag], name=f"madvise {what} {flag}")
+    if filled and vma.prot | mm.PROT_READ | mm.PROT_WRITE != vma.prot:
+        script.add(NR.mprotect, vma.start, length, vma.prot, name=f"mprotect {what}")
+    if vma.locked:
+        script.add(NR.mlock, vma.start, length, name=f"mlock {what}")
+
+
+def restore_layout(layout: MemoryLayout, script: Script, exe_slot: int) -> None:
+    """Add PR_SET_MM_MAP: heap, stack, arguments, auxv and /proc/PID/exe as they were.
+
+    struct prctl_mm_map (linux/prctl.h): eleven addresses, pointer to auxv, its size, exe fd.
+    """
+    auxv = script.put(layout.auxv)
+    data = struct.pack(
+        "<11QQII",
+        layout.start_code,
+        layout.end_code,
+        layout.start_data,
+        layout.end_data,
+        layout.start_brk,
+        layout.brk,
+        layout.start_stack,
+        layout.arg_start,
+        layout.arg_end,
+        layout.env_start,
+        layout.env_end,
+        auxv,
+        len(layout.auxv),
+        exe_slot & 0xFFFFFFFF,
+    )
+    script.add(NR.prctl, PR_SET_MM, PR_SET_MM_MAP, script.put(data), len(data), 0, name="PR_SET_MM_MAP")
+
+
+def free_gap(vmas: tuple[Vma, ...] | list[Vma], size: int, avoid: list[tuple[int, int]] | None = None) -> int:
+    """An address at which `size` bytes collide with none of the mappings (nor with `avoid`)."""
+    taken = sorted([(v.start, v.end) for v in vmas] + (avoid or []))
+    address = 0x100000
+    guard = 1 << 20  # stack_guard_gap below growing stacks
+    for start, end in taken:
+        if start - guard >= address + size:
+            return address
+        address = max(address, (end + PAGE_SIZE - 1) & -PAGE_SIZE)
+    if address + size < mm.TASK_SIZE:
+        return address
+    raise ValueError(f"no room for {size} bytes in the address space")

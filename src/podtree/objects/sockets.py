@@ -1,0 +1,195 @@
+"""Sockets of every family: which module is responsible, and the order in which things happen.
+
+All sockets of a pod are collected together and restored together, because a connection has two ends: what
+one end sent and the other has not read belongs to the connection. A connection whose other end is not in
+the pod is refused.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Mapping
+
+from podtree.kernel import sock as ksock
+from podtree.kernel.pidfd import pidfd_getfd, pidfd_open
+from podtree.kernel.sockdiag import NetworkNamespace
+from podtree.objects import netlink, tcp, tcprestore, udp, unix, unixrestore
+from podtree.objects.context import CollectContext, FrozenProcess, RestoreContext
+from podtree.objects.socketcommon import Entry, Surroundings, make_entry
+from podtree.objects.sockopts import Defaults, has_filter
+
+SocketState = unix.UnixSocket | tcp.TcpSocket | udp.UdpSocket | netlink.NetlinkSocket
+
+_COLLECT: dict[str, Callable[[list[Entry], Surroundings], Mapping[int, SocketState]]] = {
+    "tcp": tcp.collect,
+    "unix": unix.collect,
+    "udp": udp.collect,
+    "netlink": netlink.collect,
+}
+
+# The diagnosis socket stays open from checkpoint to checkpoint; a supervisor has one pod.
+_namespace: NetworkNamespace | None = None
+
+
+class SocketCollector:
+    """Gathers the sockets of a frozen pod. `add` each open file description once, then `finish`."""
+
+    def __init__(self, ctx: CollectContext) -> None:
+        self._ctx = ctx
+        self._entries: list[Entry] = []
+
+    def add(self, file_id: int, process: FrozenProcess, display: str, local_fd: int) -> None:
+        """Note the socket behind `local_fd`, a duplicate in this process, which remains the caller's.
+
+        `display` names it in refusals: "fd 7 (socket:[1234])".
+        """
+        self._entries.append(make_entry(file_id, process, display, local_fd))
+
+    def finish(self) -> dict[int, SocketState]:
+        """The states by file id; a socket that can't be saved is missing, and named in ctx.problems."""
+        try:
+            return self._collect() if self._entries else {}
+        finally:
+            for entry in self._entries:
+                entry.sock.close()
+            self._entries.clear()
+
+    def _collect(self) -> dict[int, SocketState]:
+        namespace = _network_namespace(_init_of(self._ctx.processes).host_pid)
+        around = Surroundings(self._ctx, namespace, Defaults(namespace))
+        around.by_ino = {entry.ino: entry for entry in self._entries}
+        families: dict[str, list[Entry]] = {family: [] for family in _COLLECT}
+        for entry in self._entries:
+            responsible = self._sort(entry, around)
+            if responsible:
+                families[responsible].append(entry)
+        states: dict[int, SocketState] = {}
+        for family, entries in families.items():
+            try:
+                states.update(_COLLECT[family](entries, around))
+            except OSError as error:
+                around.refuse(entries[0], f"{family} sockets can't be read: {error}")
+        return states
+
+    def _sort(self, entry: Entry, around: Surroundings) -> str:
+        """Which module saves the socket; "" after refusing it."""
+        if ksock.netns_cookie(entry.sock) != around.namespace.diag.cookie:
+            around.refuse(entry, "made in a network namespace that is not the pod's", "start it inside the pod")
+            return ""
+        match entry.family, entry.type, entry.protocol:
+            case (socket.AF_UNIX, _, _):
+                return "unix"
+            case (socket.AF_INET | socket.AF_INET6, socket.SOCK_STREAM, socket.IPPROTO_TCP):
+                responsible = "tcp"
+            case (socket.AF_INET | socket.AF_INET6, socket.SOCK_DGRAM, socket.IPPROTO_UDP):
+                responsible = "udp"
+            case (socket.AF_NETLINK, _, _):
+                responsible = "netlink"
+            case _:
+                around.refuse(entry, _unsupported(entry))
+                return ""
+        return "" if self._filtered(entry, around) else responsible
+
+    def _filtered(self, entry: Entry, around: Surroundings) -> bool:
+        if has_filter(entry.sock):
+            around.refuse(entry, "has a BPF filter attached", "detach it (SO_DETACH_FILTER)")
+            return True
+        return False
+
+
+def _unsupported(entry: Entry) -> str:
+    names: dict[tuple[int, int], str] = {
+        (socket.AF_INET, socket.SOCK_RAW): "a raw IP socket",
+        (socket.AF_INET6, socket.SOCK_RAW): "a raw IPv6 socket",
+        (socket.AF_PACKET, socket.SOCK_RAW): "a packet socket",
+        (socket.AF_PACKET, socket.SOCK_DGRAM): "a packet socket",
+    }
+    if (entry.family, entry.type) in names:
+        return f"{names[entry.family, entry.type]} can't be saved"
+    if entry.protocol in (socket.IPPROTO_ICMP, socket.IPPROTO_ICMPV6):
+        return "an ICMP socket can't be saved"
+    if entry.protocol == 262:  # IPPROTO_MPTCP
+        return "a multipath TCP socket can't be saved"
+    try:
+        family = socket.AddressFamily(entry.family).name
+    except ValueError:
+        family = str(entry.family)
+    return f"sockets of this family (family {family}, type {entry.type}, protocol {entry.protocol}) can't be saved"
+
+
+def _init_of(processes: list[FrozenProcess]) -> FrozenProcess:
+    return next((process for process in processes if process.pid == 1), processes[0])
+
+
+def _network_namespace(host_pid: int) -> NetworkNamespace:
+    global _namespace
+    ino = os.stat(f"/proc/{host_pid}/ns/net").st_ino  # not reused while _namespace keeps it alive
+    if _namespace is None or _namespace.ino != ino:
+        if _namespace is not None:
+            _namespace.close()
+        _namespace = NetworkNamespace(host_pid)
+    return _namespace
+
+
+def forget_namespace() -> None:
+    """Close what is kept from checkpoint to checkpoint (the pod ended, or this process was forked)."""
+    global _namespace
+    if _namespace is not None:
+        _namespace.close()
+        _namespace = None
+
+
+def restore_sockets(states: dict[int, SocketState], ctx: RestoreContext) -> dict[int, int]:
+    """Make all sockets of a pod, in the builder: in the pod's net and mount namespaces, as root, / its root.
+
+    Returns a close-on-exec descriptor for each file id. O_NONBLOCK and the other file flags are the
+    caller's to set. Everything is connected to the pod's other sockets, with its queues filled, before it
+    returns. Raises RestoreFailed or Damaged.
+    """
+    made: dict[int, socket.socket] = {}
+    made |= unixrestore.restore({i: s for i, s in states.items() if isinstance(s, unix.UnixSocket)})
+    made |= tcprestore.restore({i: s for i, s in states.items() if isinstance(s, tcp.TcpSocket)})
+    made |= udp.restore({i: s for i, s in states.items() if isinstance(s, udp.UdpSocket)})
+    made |= netlink.restore({i: s for i, s in states.items() if isinstance(s, netlink.NetlinkSocket)})
+    return {file_id: sock.detach() for file_id, sock in made.items()}
+
+
+def recover(pids: list[int]) -> None:
+    """Put right what a killed checkpointer may have left on the pod's sockets; the pod may be running.
+
+    `pids`: host pids of all its processes. A socket in TCP_REPAIR mode leaves it, and a peek offset (-1
+    unless a program looks into queues with SO_PEEK_OFF) goes back to -1 where messages are queued. For a
+    socket found in repair mode SO_REUSEADDR is not known any more and is set, as servers do.
+    """
+    for pid in pids:
+        try:
+            numbers = [int(name) for name in os.listdir(f"/proc/{pid}/fd")]
+            pidfd = pidfd_open(pid)
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        try:
+            for number in numbers:
+                _recover_fd(pid, pidfd, number)
+        finally:
+            os.close(pidfd)
+
+
+def _recover_fd(pid: int, pidfd: int, number: int) -> None:
+    try:
+        if not os.readlink(f"/proc/{pid}/fd/{number}").startswith("socket:"):
+            return
+        fd = pidfd_getfd(pidfd, number)
+    except (FileNotFoundError, ProcessLookupError):
+        return
+    except OSError:  # EBADF: closed meanwhile
+        return
+    with socket.socket(fileno=fd) as sock:
+        tcp_like = sock.family in (socket.AF_INET, socket.AF_INET6) and sock.proto == socket.IPPROTO_TCP
+        if tcp_like:
+            if ksock.in_repair(sock):
+                ksock.leave_repair(sock, 1)
+        elif sock.family in (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6) and (
+            sock.getsockopt(socket.SOL_SOCKET, ksock.SO_PEEK_OFF) >= 0 and ksock.events(fd) & 1
+        ):
+            sock.setsockopt(socket.SOL_SOCKET, ksock.SO_PEEK_OFF, -1)

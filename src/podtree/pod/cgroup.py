@@ -1,0 +1,211 @@
+"""The pod's control groups: limits, the device allow-list, and the list of its processes.
+
+Version 2 where it has controllers, else version 1's hierarchies, else none: then limits are refused and
+the processes are found by their pid namespace. cgroups(7); Documentation/admin-guide/cgroup-v1/devices.rst.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from pathlib import Path
+
+import msgspec
+
+from podtree.errors import Unsupported
+from podtree.kernel.mount import mountinfo
+from podtree.pod.spec import PodSpec
+
+PARENT = "podtree"
+_CPU_PERIOD_US = 100_000
+
+# Other container tools' list: any node may be made, only these opened. Null, zero, full, random, urandom,
+# tty, console, ptmx, and the pty slaves.
+_DEVICES = (
+    "c *:* m", "b *:* m",
+    "c 1:3 rwm", "c 1:5 rwm", "c 1:7 rwm", "c 1:8 rwm", "c 1:9 rwm",
+    "c 5:0 rwm", "c 5:1 rwm", "c 5:2 rwm", "c 136:* rwm",
+)  # fmt: skip
+
+
+class Cgroup(msgspec.Struct, frozen=True):
+    """The directories of one pod's groups, one per hierarchy; none where the machine has no cgroups."""
+
+    dirs: tuple[str, ...]
+
+    def add(self, pid: int) -> None:
+        """Move a process into the pod's groups (0: the caller)."""
+        for path in self.dirs:
+            _write(Path(path) / "cgroup.procs", str(pid))
+
+    def open_procs(self) -> list[int]:
+        """Descriptors to which a process can write "0" to join, wherever it is by then."""
+        return [os.open(f"{path}/cgroup.procs", os.O_WRONLY | os.O_CLOEXEC) for path in self.dirs]
+
+    def pids(self, init_pid: int) -> list[int]:
+        """Host pids of the pod's processes, ascending, init included."""
+        if not self.dirs:
+            return _pids_by_namespace(init_pid)
+        with contextlib.suppress(FileNotFoundError):
+            return sorted(int(line) for line in _read(Path(self.dirs[0]) / "cgroup.procs").split())
+        return []
+
+    def hold(self) -> None:
+        """Keep all tasks from running, whoever stops tracing them, until let_go (the freezer of either version)."""
+        self._set_freezer("1", "FROZEN")
+
+    def let_go(self) -> None:
+        """The reverse; does nothing where nothing is held."""
+        self._set_freezer("0", "THAWED")
+
+    def _set_freezer(self, version_2: str, version_1: str) -> None:
+        for path in self.dirs:
+            for file, word in (("cgroup.freeze", version_2), ("freezer.state", version_1)):
+                with contextlib.suppress(FileNotFoundError):
+                    _write(Path(path) / file, word)
+
+    def remove(self, timeout_s: float = 2.0) -> None:
+        """Remove the groups once their processes are gone; what can't be removed in time is left."""
+        deadline = time.monotonic() + timeout_s
+        for path in self.dirs:
+            while True:
+                try:
+                    os.rmdir(path)
+                except FileNotFoundError:
+                    pass
+                except OSError:
+                    if time.monotonic() < deadline:
+                        time.sleep(0.005)
+                        continue
+                break
+            with contextlib.suppress(OSError):  # other pods' groups are in it
+                os.rmdir(os.path.dirname(path))
+
+
+def create(pod_id: str, spec: PodSpec) -> Cgroup:
+    """Make the groups of a pod with the limits of `spec`.
+
+    Raises Unsupported for a limit whose controller the machine lacks.
+    """
+    root = _version_2()
+    if root is not None:
+        return _create_v2(root, pod_id, spec)
+    hierarchies = _version_1()
+    limits = {"memory": spec.memory, "cpu": spec.cpus, "pids": spec.pids}
+    for controller, limit in limits.items():
+        if limit is not None and controller not in hierarchies:
+            raise Unsupported(f"this machine has no {controller} cgroup controller", f"omit --{controller}")
+    return _create_v1(hierarchies, pod_id, spec)
+
+
+def find(pod_id: str) -> Cgroup:
+    """The groups that a pod has, or none."""
+    root = _version_2()
+    bases = [root] if root is not None else list(_version_1().values())
+    paths = dict.fromkeys(str(base / PARENT / pod_id) for base in bases)
+    return Cgroup(tuple(path for path in paths if os.path.isdir(path)))
+
+
+def _create_v1(hierarchies: dict[str, Path], pod_id: str, spec: PodSpec) -> Cgroup:
+    """Below the caller's own groups, so that the limits that already bind the caller bind the pod.
+
+    Memory and cpu are joined only for a limit of their own: without one the pod stays where its caller is.
+    """
+    wanted: list[str] = [c for c in ("pids", "freezer", "devices") if c in hierarchies]
+    wanted += [c for c, limit in (("memory", spec.memory), ("cpu", spec.cpus)) if limit is not None]
+    dirs = []
+    for controller in wanted:
+        path = hierarchies[controller] / PARENT / pod_id
+        if str(path) not in dirs:
+            path.mkdir(parents=True, exist_ok=True)
+            dirs.append(str(path))
+        if controller == "devices":
+            _write(path / "devices.deny", "a")
+            for rule in _DEVICES:
+                _write(path / "devices.allow", rule)
+        elif controller == "memory":
+            _write(path / "memory.limit_in_bytes", str(spec.memory))
+        elif controller == "cpu" and spec.cpus is not None:
+            _write(path / "cpu.cfs_period_us", str(_CPU_PERIOD_US))
+            _write(path / "cpu.cfs_quota_us", str(max(1000, int(spec.cpus * _CPU_PERIOD_US))))
+        elif controller == "pids" and spec.pids is not None:
+            _write(path / "pids.max", str(spec.pids))
+    return Cgroup(tuple(dirs))
+
+
+def _create_v2(root: Path, pod_id: str, spec: PodSpec) -> Cgroup:
+    """Below the root: a group with processes of its own can't hand controllers down (cgroups(7))."""
+    parent, path = root / PARENT, root / PARENT / pod_id
+    path.mkdir(parents=True, exist_ok=True)
+    quota = None if spec.cpus is None else f"{int(spec.cpus * _CPU_PERIOD_US)} {_CPU_PERIOD_US}"
+    limits = {
+        "memory": ("memory.max", None if spec.memory is None else str(spec.memory)),
+        "cpu": ("cpu.max", quota),
+        "pids": ("pids.max", None if spec.pids is None else str(spec.pids)),
+    }
+    for controller, (file, value) in limits.items():
+        if value is None:
+            continue
+        try:
+            _write(root / "cgroup.subtree_control", f"+{controller}")
+            _write(parent / "cgroup.subtree_control", f"+{controller}")
+            _write(path / file, value)
+        except OSError as error:
+            Cgroup((str(path),)).remove(0)
+            raise Unsupported(f"cgroup limit {file}: {error.strerror}", f"omit --{controller}") from error
+    return Cgroup((str(path),))
+
+
+def _version_2() -> Path | None:
+    """The hierarchy, unless it only has what version 1 left over."""
+    for mount in mountinfo():
+        if mount.fstype == "cgroup2":
+            with contextlib.suppress(OSError):
+                if {"memory", "pids"} <= set(_read(Path(mount.point) / "cgroup.controllers").split()):
+                    return Path(mount.point)
+    return None
+
+
+def _version_1() -> dict[str, Path]:
+    """Controller -> the caller's own group of that hierarchy."""
+    own = {}
+    for line in _read(Path("/proc/self/cgroup")).splitlines():
+        _, controllers, path = line.split(":", 2)
+        for controller in controllers.split(","):
+            own[controller] = path
+    result = {}
+    for mount in mountinfo():
+        if mount.fstype == "cgroup":
+            for controller in own.keys() & set(mount.options):
+                group = Path(mount.point) / own[controller].lstrip("/")
+                result[controller] = group if group.is_dir() else Path(mount.point)
+    return result
+
+
+def _pids_by_namespace(init_pid: int) -> list[int]:
+    try:
+        wanted = os.readlink(f"/proc/{init_pid}/ns/pid")
+    except OSError:
+        return []
+    found = []
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            with contextlib.suppress(OSError):
+                if os.readlink(f"/proc/{name}/ns/pid") == wanted:
+                    found.append(int(name))
+    return sorted(found)
+
+
+def _read(path: Path) -> str:
+    return path.read_text(encoding="ascii", errors="replace")
+
+
+def _write(path: Path, text: str) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(fd, text.encode())
+    except OSError as error:
+        raise OSError(error.errno, f"writing {text!r} to {path}: {error.strerror}") from error
+    finally:
+        os.close(fd)

@@ -1,0 +1,331 @@
+"""The pod's view of the world, as a plan of mounts that can be printed before it is executed.
+
+The builder executes `outer_plan` in a mount namespace of its own, while the host's files are still in sight,
+then makes the overlay its root. What is of the pid namespace (/proc) is mounted by the pod's first process:
+`inner_plan`. Masked and read-only paths are those of other container tools.
+
+Devices: every mount is `nodev`, and the few nodes of /dev are single read-only binds of a small tmpfs that
+is itself out of reach. So a node that the pod makes can't be opened, with or without a devices cgroup.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import stat
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from podtree.kernel import mount
+from podtree.kernel.mount import MountAttr
+from podtree.pod.dirs import PodDirs
+from podtree.pod.paths import make_in, open_in
+from podtree.pod.spec import PodSpec, Volume
+
+HIDDEN = ".podtree"  # at the top of the volume: the unlinked files that a checkpoint keeps
+
+#: File systems of the host that are more than a window on the kernel; mounted elsewhere than on /, each is
+#: seen through an overlay of its own.
+_HOST_FILE_SYSTEMS = (
+    "bcachefs", "btrfs", "erofs", "exfat", "ext2", "ext3", "ext4", "f2fs", "jfs", "nfs", "nfs4", "nilfs2",
+    "reiserfs", "squashfs", "vfat", "virtiofs", "9p", "xfs", "zfs",
+)  # fmt: skip
+_NODES = {
+    "null": (1, 3), "zero": (1, 5), "full": (1, 7), "random": (1, 8), "urandom": (1, 9), "tty": (5, 0),
+}  # fmt: skip
+_LINKS = {
+    "ptmx": "pts/ptmx", "fd": "/proc/self/fd", "stdin": "/proc/self/fd/0", "stdout": "/proc/self/fd/1",
+    "stderr": "/proc/self/fd/2",
+}  # fmt: skip
+_MASKED_PROC = (
+    "acpi", "asound", "interrupts", "kcore", "keys", "latency_stats", "sched_debug", "scsi", "timer_list",
+    "timer_stats",
+)  # fmt: skip
+_MASKED_SYS = ("/sys/firmware", "/sys/devices/virtual/powercap")
+_READ_ONLY_PROC = ("bus", "fs", "irq", "sys", "sysrq-trigger")
+_PLAIN = MountAttr.NOSUID | MountAttr.NODEV | MountAttr.NOEXEC
+
+
+class Step(Protocol):
+    """One line of the plan. `root` is an O_PATH descriptor of the pod's root, attached somewhere."""
+
+    def describe(self) -> str:
+        """For people."""
+
+    def execute(self, root: int) -> None:
+        """Do it; raises OSError or PodtreeError."""
+
+
+@dataclass(frozen=True)
+class NewFileSystem:
+    """Mount a new instance of `fstype` on `target`; symbolic links on the way are refused."""
+
+    target: str
+    fstype: str
+    attrs: MountAttr
+    options: dict[str, str | None] = field(default_factory=dict)
+
+    def describe(self) -> str:
+        return f"{self.fstype} on {self.target}"
+
+    def execute(self, root: int) -> None:
+        _attach_on(mount.make_mount(self.fstype, self.options, self.attrs), root, self.target, symlinks=False)
+
+
+@dataclass(frozen=True)
+class HostOverlay:
+    """A host file system, mounted on the host at `target`, with the pod's writes kept in `layer`."""
+
+    target: str
+    layer: Path
+    home: Path
+
+    def describe(self) -> str:
+        return f"overlay on {self.target}: {self.target} below, writes in {self.layer}"
+
+    def execute(self, root: int) -> None:
+        try:
+            made = make_overlay(self.target, self.layer, self.home)
+        except OSError:  # an overlay can't lie on just any file system (vfat for one): then it is only shown
+            made = mount.clone_tree(self.target)
+            mount.set_attributes(made, MountAttr.RDONLY | MountAttr.NOSUID | MountAttr.NODEV)
+        with contextlib.suppress(FileNotFoundError):  # the pod has removed the place
+            target = open_in(root, self.target)
+            mount.attach(made, target)
+            os.close(target)
+        os.close(made)
+
+
+@dataclass(frozen=True)
+class Bind:
+    """Show the host's `volume.source` at `volume.target`."""
+
+    volume: Volume
+
+    def describe(self) -> str:
+        mode = "read-only" if self.volume.read_only else "read-write"
+        return f"{self.volume.source} on {self.volume.target}, {mode}"
+
+    def execute(self, root: int) -> None:
+        tree = mount.clone_tree(self.volume.source, recursive=True)
+        attrs = MountAttr.NODEV | MountAttr.NOSUID
+        if self.volume.read_only:
+            attrs |= MountAttr.RDONLY
+        mount.set_attributes(tree, attrs, recursive=True)
+        _attach_on(tree, root, self.volume.target, directory=stat.S_ISDIR(os.fstat(tree).st_mode))
+
+
+@dataclass(frozen=True)
+class Devices:
+    """The nodes and links of /dev. `staging` is a host directory that the tmpfs of nodes is put over."""
+
+    staging: Path
+
+    def describe(self) -> str:
+        return f"/dev: {' '.join([*_NODES, *_LINKS])}"
+
+    def execute(self, root: int) -> None:
+        nodes = mount.make_mount("tmpfs", {"mode": "700", "size": "64k"}, MountAttr.NOSUID | MountAttr.NOEXEC)
+        place = os.open(self.staging, os.O_PATH | os.O_CLOEXEC)
+        mount.attach(nodes, place)  # only an attached mount can be cloned before Linux 6.15
+        os.close(place)
+        for name, (major, minor) in _NODES.items():
+            os.mknod(name, stat.S_IFCHR | 0o666, os.makedev(major, minor), dir_fd=nodes)
+            node = mount.clone_tree(name, nodes)
+            mount.set_attributes(node, MountAttr.RDONLY | MountAttr.NOSUID | MountAttr.NOEXEC)
+            _attach_on(node, root, f"/dev/{name}", directory=False, symlinks=False)
+        os.close(nodes)
+        dev = open_in(root, "/dev")
+        for name, where in _LINKS.items():
+            os.symlink(where, name, dir_fd=dev)
+        os.close(dev)
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Put nothing in the place of `target`, where it exists: an empty directory, or /dev/null."""
+
+    target: str
+
+    def describe(self) -> str:
+        return f"mask {self.target}"
+
+    def execute(self, root: int) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            target = open_in(root, self.target, symlinks=False)
+            if stat.S_ISDIR(os.fstat(target).st_mode):
+                cover = mount.make_mount("tmpfs", {"size": "0", "mode": "555"}, _PLAIN | MountAttr.RDONLY)
+            else:
+                null = open_in(root, "/dev/null")
+                cover = mount.clone_tree("", null)
+                os.close(null)
+            mount.attach(cover, target)
+            os.close(cover)
+            os.close(target)
+
+
+@dataclass(frozen=True)
+class ReadOnly:
+    """Make `target`, where it exists, and what lies below unwritable."""
+
+    target: str
+
+    def describe(self) -> str:
+        return f"{self.target} read-only"
+
+    def execute(self, root: int) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            target = open_in(root, self.target, symlinks=False)
+            tree = mount.clone_tree("", target)
+            mount.set_attributes(tree, _PLAIN | MountAttr.RDONLY)
+            mount.attach(tree, target)
+            os.close(tree)
+            os.close(target)
+
+
+def outer_plan(spec: PodSpec, dirs: PodDirs) -> list[Step]:
+    """What the builder mounts, before the overlay becomes its root."""
+    steps: list[Step] = []
+    if spec.rootfs is None:
+        layers = dirs.vol / "mounts"
+        steps += [HostOverlay(p, layers / p.replace("/", "%2F"), dirs.home) for p in _submounts(dirs)]
+    steps += [
+        NewFileSystem("/sys", "sysfs", _PLAIN | MountAttr.RDONLY),
+        NewFileSystem("/dev", "tmpfs", _PLAIN, {"mode": "755", "size": "64m"}),
+        Devices(dirs.vol),
+        NewFileSystem(
+            "/dev/pts", "devpts", MountAttr.NOSUID | MountAttr.NOEXEC,
+            {"newinstance": None, "ptmxmode": "0666", "mode": "0620", "gid": "5"},
+        ),
+        NewFileSystem("/dev/shm", "tmpfs", _PLAIN, {"mode": "1777"}),
+        NewFileSystem("/dev/mqueue", "mqueue", _PLAIN),
+        Mask(f"/{HIDDEN}"),
+    ]  # fmt: skip
+    steps += [Mask(path) for path in _MASKED_SYS]
+    steps += [Bind(volume) for volume in spec.volumes]
+    return steps
+
+
+def inner_plan() -> list[Step]:
+    """What the first process mounts, inside the pod."""
+    steps: list[Step] = [NewFileSystem("/proc", "proc", _PLAIN)]
+    steps += [ReadOnly(f"/proc/{name}") for name in _READ_ONLY_PROC]
+    steps += [Mask(f"/proc/{name}") for name in _MASKED_PROC]
+    return steps
+
+
+def execute(steps: Sequence[Step], root: int) -> None:
+    """Run a plan in order; an error says at which step."""
+    for step in steps:
+        try:
+            step.execute(root)
+        except OSError as error:
+            raise OSError(error.errno, f"{step.describe()}: {error.strerror}") from error
+
+
+def prepare_volume(spec: PodSpec, dirs: PodDirs) -> None:
+    """Give a new volume what the overlay needs: the top directory's mode as below, the hidden directory."""
+    upper = dirs.vol / "upper"
+    hidden = upper / HIDDEN
+    upper.mkdir(exist_ok=True)
+    if not os.path.lexists(hidden):
+        _copy_attributes(Path(spec.rootfs or "/"), upper)
+        hidden.mkdir(mode=0o700)
+
+
+def make_root(spec: PodSpec, dirs: PodDirs) -> tuple[int, int]:
+    """The pod's root, attached over the run directory: (descriptor of it, detached clone).
+
+    The clone stays free of whatever gets mounted on the root: through it the hidden directory is reachable.
+    """
+    root = make_overlay(spec.rootfs or "/", dirs.vol, dirs.home)
+    place = os.open(dirs.run, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    mount.attach(root, place)
+    os.close(place)
+    return root, mount.clone_tree("", root)
+
+
+def make_overlay(lower: str, layer: Path, home: Path) -> int:
+    """A detached overlay: `lower` below, `layer`/upper above.
+
+    Relative names, so that the pod's /proc/mounts neither tells where the pool is nor differs in a branch.
+    redirect_dir: directories of the lower layer can be renamed. xino: one st_dev for all files.
+    """
+    (layer / "upper").mkdir(parents=True, exist_ok=True)
+    (layer / "work").mkdir(exist_ok=True)
+    options: dict[str, str | None] = {"upperdir": "upper", "workdir": "work"}
+    options.update(redirect_dir="on", metacopy="off", index="off", xino="on")
+    layers = [lower.replace("\\", "\\\\").replace(":", "\\:")]
+    if home.is_relative_to(lower) and home != Path(lower):
+        _make_veil(layer / "veil", Path(lower), home.relative_to(lower))
+        layers.insert(0, "veil")
+    options["lowerdir"] = ":".join(layers)
+    place = os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.chdir(layer)
+        return mount.make_mount("overlay", options, MountAttr.NODEV)
+    finally:
+        os.fchdir(place)
+        os.close(place)
+
+
+def _make_veil(veil: Path, lower: Path, home: Path) -> None:
+    """A layer between `lower` and the pod's own in which `home` is deleted.
+
+    A mount on top of it wouldn't do: the pod could rename a directory above the mount point, and would find
+    the bare pool there once the mount is made again, in a branch.
+    """
+    with contextlib.suppress(OSError):
+        if stat.S_ISCHR(os.lstat(veil / home).st_mode):
+            return
+    shutil.rmtree(veil, ignore_errors=True)
+    below = list(reversed(home.parents))  # "." first
+    for directory in below:
+        (veil / directory).mkdir(parents=True)
+    os.mknod(veil / home, stat.S_IFCHR, os.makedev(0, 0))  # overlayfs.rst: a whiteout
+    for directory in reversed(below):
+        _copy_attributes(lower / directory, veil / directory)
+
+
+def _copy_attributes(source: Path, target: Path) -> None:
+    status = os.stat(source)
+    os.chown(target, status.st_uid, status.st_gid)
+    shutil.copystat(source, target)
+
+
+def _submounts(dirs: PodDirs) -> list[str]:
+    """Where the host has other file systems of its own, outermost first."""
+    own = ("/proc", "/sys", "/dev", "/run", str(dirs.home))
+    points = {m.point for m in mount.mountinfo() if m.fstype in _HOST_FILE_SYSTEMS and m.point != "/"}
+    points = {p for p in points if not any(p == o or p.startswith(o + "/") for o in own)}
+    return sorted(p for p in points if not _is_pool(Path(p)))
+
+
+def _is_pool(path: Path) -> bool:
+    """Whether another PODTREE_HOME's pool is mounted there: it holds other pods' secrets."""
+    try:
+        return (path / "ckpts").is_dir() and (path / "index.sqlite").exists()
+    except OSError:
+        return False
+
+
+def write_hosts(hostname: str) -> None:
+    """Give a new pod, from inside, an /etc/hosts that knows its name. Does nothing where /etc is missing."""
+    with contextlib.suppress(OSError):
+        fd = os.open("/etc/hosts", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+        with open(fd, "w", encoding="ascii") as file:
+            file.write(f"127.0.0.1\tlocalhost {hostname}\n::1\tlocalhost ip6-localhost ip6-loopback\n")
+
+
+def _attach_on(
+    made: int, root: int, target: str, *, directory: bool = True, symlinks: bool = True
+) -> None:
+    place = make_in(root, target, directory=directory, symlinks=symlinks)
+    try:
+        mount.attach(made, place)
+    finally:
+        os.close(place)
+        os.close(made)

@@ -1,0 +1,356 @@
+"""Talking to supervisors: starting one, and asking one. What the commands and the Python API are made of."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from podtree.errors import Conflict, PodtreeError, Problem
+from podtree.pod import keeper, wire
+from podtree.pod import spec as specs
+from podtree.pod.dirs import PodDirs
+from podtree.pod.keeper import CONTROL, Start
+from podtree.pod.spec import PodSpec, StdioMode
+from podtree.pool.pool import Pool
+from podtree.pool.records import CheckpointRecord, PodRecord
+
+_MANY = 1 << 20  # above any descriptor: os.closerange uses close_range(2)
+
+
+def frame(message: dict[str, Any]) -> bytes:
+    """A message as it goes over the socket."""
+    data = msgspec.msgpack.encode(message)
+    return len(data).to_bytes(4, "little") + data
+
+
+class Client:
+    """A connection to a supervisor. Calls block; attached, frames are received one by one."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Hang up."""
+        self.sock.close()
+
+    def send(self, message: dict[str, Any]) -> None:
+        """One frame; raises OSError when the supervisor is gone."""
+        self.sock.sendall(frame(message))
+
+    def receive(self) -> dict[str, Any] | None:
+        """The next frame, None at the end."""
+        head = self._exactly(4)
+        data = None if head is None else self._exactly(int.from_bytes(head, "little"))
+        if data is None:
+            return None
+        message: dict[str, Any] = msgspec.msgpack.decode(data)
+        return message
+
+    def call(self, do: str, **args: Any) -> dict[str, Any]:
+        """Ask for something; raises what the supervisor raised."""
+        try:
+            self.send({"do": do, **args})
+        except OSError as error:
+            raise Conflict("the pod's supervisor is gone", "podtree ps tells whether the pod has ended") from error
+        return self.reply()
+
+    def reply(self) -> dict[str, Any]:
+        """The answer to what was asked."""
+        message = self.receive()
+        if message is None:
+            raise PodtreeError("the pod's supervisor ended in the middle of this", "is the pod still there? podtree ps")
+        if "error" in message:
+            raise wire.decode_error(message)
+        result: dict[str, Any] = message["ok"]
+        return result
+
+    def _exactly(self, size: int) -> bytes | None:
+        parts = bytearray()
+        while len(parts) < size:
+            try:
+                part = self.sock.recv(min(size - len(parts), 1 << 20))
+            except ConnectionError:
+                return None
+            if not part:
+                return None
+            parts += part
+        return bytes(parts)
+
+
+def dirs_of(pool: Pool, pod_id: str) -> PodDirs:
+    """Where the pod's things are."""
+    home = Path(os.path.realpath(pool.home))
+    return PodDirs(home, home / "pool" / "pods" / pod_id, home / "run" / pod_id)
+
+
+def connect(pool: Pool, pod: PodRecord, patience_s: float = 2.0) -> Client:
+    """Connect to a running pod's supervisor. Raises Conflict when the pod has ended.
+
+    A supervisor that is being replaced is waited for: the socket is its keeper's.
+    """
+    run = dirs_of(pool, pod.id).run
+    deadline = time.monotonic() + patience_s
+    while True:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        try:
+            place = os.open(run, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                sock.connect(f"/proc/self/fd/{place}/{CONTROL}")  # the path itself may be too long
+            finally:
+                os.close(place)
+            return Client(sock)
+        except BlockingIOError:
+            sock.close()
+            time.sleep(0.01)
+        except OSError:
+            sock.close()
+            if time.monotonic() > deadline or not pool.pod(pod.id).is_running:
+                raise Conflict(f"pod {pod.name} is not running", "podtree ps lists the states") from None
+            time.sleep(0.01)
+
+
+def call(pool: Pool, pod: PodRecord, do: str, **args: Any) -> dict[str, Any]:
+    """One request to a pod's supervisor."""
+    with connect(pool, pod) as client:
+        return client.call(do, **args)
+
+
+def start(
+    pool: Pool,
+    pod: PodRecord,
+    *,
+    restore: bool = False,
+    attach: bool = False,
+    size: tuple[int, int] | None = None,
+    spawn: bool = False,
+) -> tuple[Client, dict[str, Any]]:
+    """Start a pod's keeper and supervisor, and by them the pod; returns once the pod runs.
+
+    The result has pod, id, pid, ready_ms. The client is attached to the pod's stdio if that was asked for.
+    `spawn`: by a new interpreter, for callers that are more than this command: their memory, their threads
+    and their descriptors then don't live on in a copy. Raises what keeps the pod from starting.
+    """
+    dirs = dirs_of(pool, pod.id)
+    params = Start(home=str(dirs.home), pod_id=pod.id, restore=restore, attach=attach, size=size)
+    ours, theirs = socket.socketpair()
+    if spawn:
+        _spawn(params, theirs)
+    else:
+        pool.index.close()
+        _fork(params, dirs, theirs)
+    theirs.close()
+    client = Client(ours)
+    try:
+        return client, client.reply()
+    except BaseException:
+        client.close()
+        raise
+
+
+def _fork(params: Start, dirs: PodDirs, starter: socket.socket) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pid = os.fork()
+    if pid:
+        os.waitpid(pid, 0)
+        return
+    try:
+        os.setsid()
+        if os.fork():
+            os._exit(0)
+        _close_all_but(starter.fileno())
+        keeper.keep(params, dirs, starter)
+    finally:
+        os._exit(1)
+
+
+def _close_all_but(fd: int) -> None:
+    """What the command had open is not for its pod's supervisor: 0, 1, 2 are replaced later."""
+    os.closerange(3, fd)
+    os.closerange(fd + 1, _MANY)
+
+
+def _spawn(params: Start, starter: socket.socket) -> None:
+    import subprocess
+
+    number = starter.fileno()
+    command = [sys.executable, "-m", "podtree.pod.spawned", str(number), msgspec.json.encode(params).decode()]
+    done = subprocess.run(command, pass_fds=[number], stdin=subprocess.DEVNULL, check=False)
+    if done.returncode:
+        raise PodtreeError(f"{sys.executable} could not start the pod's keeper")
+
+
+def start_or_remove(
+    pool: Pool,
+    pod: PodRecord,
+    *,
+    restore: bool = False,
+    attach: bool = False,
+    size: tuple[int, int] | None = None,
+    spawn: bool = False,
+) -> tuple[Client, dict[str, Any]]:
+    """start(), but a pod that doesn't start isn't kept."""
+    try:
+        return start(pool, pod, restore=restore, attach=attach, size=size, spawn=spawn)
+    except BaseException:
+        with contextlib.suppress(PodtreeError):
+            pool.remove_pod(pod.id)
+        raise
+
+
+def run(
+    pool: Pool, name: str | None, spec: PodSpec, *, size: tuple[int, int] | None = None, spawn: bool = False
+) -> dict[str, Any]:
+    """A new pod in the background: {pod, id, pid, ready_ms}."""
+    pod = pool.create_pod(name, specs.check(spec).to_dict())
+    client, result = start_or_remove(pool, pod, size=size, spawn=spawn)
+    client.close()
+    return result
+
+
+def execute(
+    pool: Pool,
+    pod: PodRecord,
+    argv: tuple[str, ...],
+    *,
+    stdio: StdioMode,
+    env: tuple[str, ...] = (),
+    cwd: str | None = None,
+    user: str | None = None,
+    size: tuple[int, int] | None = None,
+    attach: bool = True,
+) -> tuple[Client, dict[str, Any]]:
+    """A process in a running pod, with the pod's own variables, directory and user where none are given.
+
+    The result has its host pid; the client is attached to its stdio.
+    """
+    own = PodSpec.from_dict(pod.spec)
+    variables = {**own.env, **specs.extra_environment(env)}
+    if stdio == "tty":
+        variables.setdefault("TERM", os.environ.get("TERM", "xterm"))
+    spec = PodSpec(
+        argv=argv, env=variables, cwd=own.cwd if cwd is None else cwd, hostname=own.hostname,
+        user=own.user if user is None else user, stdio=stdio,
+    )  # fmt: skip
+    specs.check(spec)
+    client = connect(pool, pod)
+    try:
+        return client, client.call("exec", spec=spec.to_dict(), size=size, detach=not attach)
+    except BaseException:
+        client.close()
+        raise
+
+
+def checkpoint(
+    pool: Pool, pod: PodRecord, *, message: str = "", stop: bool = False, tag: str | None = None
+) -> dict[str, Any]:
+    """Save a running pod: {id, pod, number, pause_ms, total_ms, bytes_written, processes}."""
+    if tag is not None:
+        from podtree.pool import refs
+
+        refs.check_name(tag, "tag")
+    result = call(pool, pod, "checkpoint", message=message, stop=stop)
+    if tag is not None:
+        pool.tag(tag, result["id"])
+        result["tag"] = tag
+    return result
+
+
+def check(pool: Pool, pod: PodRecord) -> list[Problem]:
+    """What would keep a checkpoint from working now."""
+    return msgspec.convert(call(pool, pod, "check")["problems"], list[Problem])
+
+
+def commit(pool: Pool, winner: PodRecord, origin: PodRecord) -> PodRecord:
+    """`winner` takes the place of `origin`, which is ended."""
+    from podtree.pool import retention
+
+    with pool.index.snapshot() as connection:
+        related = retention.descends(connection, winner.id, origin.id)
+    if not related:
+        raise Conflict(f"pod {winner.name} was not branched from {origin.name}")
+    if origin.is_running:
+        end_pod(pool, origin)
+    return pool.commit_pod(winner.id, origin.id)
+
+
+def start_branch(
+    pool: Pool, checkpoint: CheckpointRecord, name: str | None = None, *, spawn: bool = False
+) -> dict[str, Any]:
+    """A new pod from a checkpoint: {pod, id, pid, ready_ms}. On failure the new pod is removed again."""
+    begun = time.monotonic()
+    pod = pool.clone_pod(checkpoint.id, name)
+    client, result = start_or_remove(pool, pod, restore=True, spawn=spawn)
+    client.close()
+    return {**result, "ready_ms": round((time.monotonic() - begun) * 1e3, 3)}
+
+
+def rewind(pool: Pool, pod: PodRecord, checkpoint: CheckpointRecord, *, spawn: bool = False) -> dict[str, Any]:
+    """Put a pod back to one of its own checkpoints; one that has ended comes back to life."""
+    if pod.is_running:
+        return call(pool, pod, "rewind", checkpoint=checkpoint.id)
+    begun = time.monotonic()
+    pool.reset_pod(pod.id, checkpoint.id)
+    client, result = start(pool, pod, restore=True, spawn=spawn)
+    client.close()
+    return {**result, "ready_ms": round((time.monotonic() - begun) * 1e3, 3)}
+
+
+def stop(pool: Pool, pod: PodRecord, timeout_s: float = 10) -> int:
+    """SIGTERM to the pod's first process, SIGKILL after `timeout_s`; the exit code."""
+    return int(call(pool, pod, "stop", timeout=timeout_s)["code"])
+
+
+def end_pod(pool: Pool, pod: PodRecord) -> int:
+    """End a pod at once; the exit code, when it has ended."""
+    return stop(pool, pod, 0)
+
+
+def send_signal(pool: Pool, pod: PodRecord, number: int) -> None:
+    """A signal to the pod's first process."""
+    call(pool, pod, "signal", signal=number)
+
+
+def wait(pool: Pool, pod: PodRecord) -> int:
+    """The exit code of a pod, once it has ended."""
+    if pod.is_running:
+        with contextlib.suppress(PodtreeError), connect(pool, pod) as client:
+            return int(client.call("wait")["code"])
+    return exit_code(pool, pod)
+
+
+def exit_code(pool: Pool, pod: PodRecord) -> int:
+    """The exit code of a pod that has ended: 128 + n for signal n."""
+    noted = keeper.read_exit(dirs_of(pool, pod.id).pod / "exit.json")
+    if noted is None:
+        noted = pool.pod(pod.id).exit_code
+    if noted is None:
+        raise Conflict(f"nobody knows how pod {pod.name} ended", "its machine or its supervisor went down before")
+    return noted
+
+
+def parse_signal(text: str) -> int:
+    """"TERM", "SIGTERM" or "15"."""
+    from podtree.errors import UsageError
+
+    if text.isdigit() and 0 < int(text) < signal.NSIG:
+        return int(text)
+    name = text.upper()
+    try:
+        return signal.Signals[name if name.startswith("SIG") else f"SIG{name}"].value
+    except KeyError:
+        raise UsageError(f"there is no signal {text!r}") from None

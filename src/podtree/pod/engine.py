@@ -1,0 +1,127 @@
+"""Where the supervisor calls the checkpoint and restore engine, which is imported when it is first needed."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from typing import TYPE_CHECKING, Any
+
+from podtree.errors import Problem, RestoreFailed
+from podtree.pod.cgroup import Cgroup
+from podtree.pod.live import LivePod
+from podtree.pool.records import CheckpointId, PodState
+
+if TYPE_CHECKING:
+    from podtree.pod.supervisor import Supervisor
+
+
+class _Lazy:
+    """A Checkpointer that is made at the first use: most pods never need one."""
+
+    def __init__(self, live: LivePod) -> None:
+        self._live = live
+        self._made: Any = None
+        self._unrecovered = False
+
+    def get(self) -> Any:
+        if self._made is None:
+            from podtree.checkpoint import Checkpointer
+
+            self._made = Checkpointer(self._live)
+        if self._unrecovered:
+            self._made.recover()
+            self._unrecovered = False
+        return self._made
+
+    def recover(self) -> None:
+        """Put right what a supervisor that was killed may have left in the pod.
+
+        What goes wrong here must not keep the pod from having a supervisor: it is tried again, and
+        raised, before the next checkpoint.
+        """
+        self._unrecovered = True
+        try:
+            self.get()
+        except Exception:
+            traceback.print_exc()
+
+    def release(self) -> None:
+        if self._made is not None:
+            self._made.close()
+
+
+def checkpointer(live: LivePod) -> _Lazy:
+    """The pod's checkpointer."""
+    return _Lazy(live)
+
+
+def release(lazy: _Lazy | None) -> None:
+    """The pod has ended: let go of its userfaultfds and whatever else."""
+    if lazy is not None:
+        lazy.release()
+
+
+def check(supervisor: Supervisor) -> list[Problem]:
+    """What would keep a checkpoint from working now."""
+    supervisor.running()
+    problems: list[Problem] = supervisor.checkpointer.get().check()
+    return problems
+
+
+def checkpoint(supervisor: Supervisor, *, stop: bool, message: str) -> dict[str, Any]:
+    """Save the pod. On any error nothing is left of the attempt and the pod goes on."""
+    supervisor.running()
+    draft = supervisor.pool.begin_checkpoint(supervisor.record.id)
+    try:
+        summary: dict[str, Any] = supervisor.checkpointer.get().checkpoint(
+            draft, stop=stop, message=message, settle=supervisor.drain_output
+        )
+    finally:
+        draft.abort()  # nothing, once it was committed
+    if stop:
+        supervisor.final_state = PodState.STOPPED
+    record = supervisor.pool.checkpoint(draft.id)
+    return {**summary, "id": record.id, "pod": record.pod_name, "number": record.number}
+
+
+def restore(supervisor: Supervisor, group: Cgroup) -> LivePod:
+    """Bring the pod's image to life; the supervisor becomes the parent of its first process."""
+    from podtree.restore.pod import restore_pod
+
+    return restore_pod(supervisor.record.id, supervisor.spec, supervisor.dirs, group)
+
+
+def diff(supervisor: Supervisor, checkpoint: str, *, live_first: bool) -> dict[str, Any]:
+    """What differs between the pod as it is now and a checkpoint."""
+    import msgspec
+
+    from podtree.pod.compare import compare_live
+
+    supervisor.running()
+    result: dict[str, Any] = msgspec.to_builtins(
+        compare_live(supervisor, CheckpointId(checkpoint), live_first=live_first)
+    )
+    return result
+
+
+def rewind(supervisor: Supervisor, target: str) -> dict[str, Any]:
+    """End the pod's processes, put its volume and image back, and restore. Attached clients stay attached."""
+    begun = time.monotonic()
+    supervisor.running()
+    supervisor.end_processes()
+    clients = supervisor.take_clients()
+    try:
+        supervisor.pool.reset_pod(supervisor.record.id, CheckpointId(target))
+        supervisor.install(restore(supervisor, supervisor.new_cgroup()))
+    except Exception as error:
+        for client in clients:
+            client.send({"exit": 255})
+        supervisor.give_up()
+        if isinstance(error, OSError):
+            raise RestoreFailed(str(error)) from error
+        raise
+    supervisor.give_clients(clients)
+    ready_ms = round((time.monotonic() - begun) * 1e3, 3)
+    pid = supervisor.running().init_pid
+    name = supervisor.pool.pod(supervisor.record.id).name  # a commit may have changed it
+    return {"pod": name, "id": supervisor.record.id, "pid": pid, "ready_ms": ready_ms}

@@ -1,0 +1,571 @@
+"""The supervisor of one pod: parent of its first process, end of its stdio, its tracer when it is saved.
+
+One thread around an event loop. It never waits for "any child": the checkpoint's ptrace stops are waited
+for in this same process. What the keeper has to know to replace it goes there before anybody is told.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from podtree.errors import Conflict, PodtreeError, UsageError
+from podtree.kernel.pidfd import has_ended, pidfd_open, pidfd_send_signal
+from podtree.pod import cgroup, engine, hop, keeper, seccomp, wire
+from podtree.pod.cgroup import Cgroup
+from podtree.pod.dirs import PodDirs
+from podtree.pod.enter import Entered, enter
+from podtree.pod.keeper import Start
+from podtree.pod.live import INIT, ClockOffsets, ExecSession, Launched, LivePod, StdioEnds
+from podtree.pod.loop import Connection, Loop
+from podtree.pod.program import launch_program
+from podtree.pod.spec import PodSpec, check
+from podtree.pod.stdio import Stdio
+from podtree.pool.pool import Pool
+from podtree.pool.records import PodState
+
+_LINGER_S = 10.0  # how long an attached client may take to fetch the last of the output
+_RETRY_S = 3.0
+_REPORT_S = 2.0  # how long it may take from entering a pod to execve
+
+
+class Supervisor:
+    """See the module's text. `held` are the keeper's copies of a predecessor's descriptors."""
+
+    def __init__(
+        self,
+        start: Start,
+        dirs: PodDirs,
+        listener: socket.socket,
+        keeper_channel: socket.socket,
+        held: dict[str, int],
+    ) -> None:
+        self.start = start
+        self.dirs = dirs
+        self.loop = Loop()
+        self.live: LivePod | None = None
+        self.exit_code: int | None = None
+        self.final_state = PodState.EXITED
+        self.checkpointer: Any = None
+        self.pool = Pool.open(dirs.home)
+        self.record = self.pool.pod(start.pod_id)
+        self.spec = PodSpec.from_dict(self.record.spec)
+        self.stdio: dict[str, Stdio] = {}
+        self._listener = listener
+        self._keeper: socket.socket | None = keeper_channel
+        self._held = held
+        self._hop_fd = hop.open_hop()
+        self._filter = seccomp.load(dirs.home)
+        self._connections: set[Connection] = set()
+        self._attached: dict[Connection, str] = {}  # to the stdio of this name
+        self._waiting: list[Connection] = []
+        self._serial = 0
+        self._finished = False
+
+    # ---- beginning
+
+    def begin(self, starter: socket.socket) -> None:
+        """Launch or restore the pod and tell the starter; a failure leaves nothing behind."""
+        begun = time.monotonic()
+        client = self._connect(starter)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.dirs.pod / "exit.json")
+        try:
+            group = self.new_cgroup()
+            if self.start.restore:
+                self.install(engine.restore(self, group))
+            else:
+                self._launch(group)
+        except Exception as error:
+            self._failed(client, error)
+            return
+        assert self.live is not None
+        if self.start.attach:
+            self._attach(client, INIT, self.start.size)
+        self._listen()
+        ready_ms = (time.monotonic() - begun) * 1e3
+        client.send({"ok": {"pod": self.record.name, "id": self.record.id, "pid": self.live.init_pid,
+                            "ready_ms": round(ready_ms, 3)}})  # fmt: skip
+
+    def new_cgroup(self) -> Cgroup:
+        """The pod's groups, known to the keeper before anything is in them."""
+        group = cgroup.create(self.record.id, self.spec)
+        self._tell_keeper({"state": {"cgroup": list(group.dirs)}})
+        return group
+
+    def _launch(self, group: Cgroup) -> None:
+        launched = launch_program(
+            self.spec, self.dirs, group, self._hop_fd, self._filter, size=self.start.size
+        )
+        self.install(self.live_pod(launched, ClockOffsets(), {}))
+
+    def live_pod(self, launched: Launched, clock: ClockOffsets, sessions: dict[str, ExecSession]) -> LivePod:
+        """What launch() gave, as a LivePod."""
+        return LivePod(
+            self.record.id, self.spec, self.dirs, launched.init_pid, launched.init_pidfd, launched.root_fd,
+            launched.cgroup, clock, launched.stdio, sessions,
+        )  # fmt: skip
+
+    def install(self, live: LivePod) -> None:
+        """Take charge of a pod that has just begun to run: launched, restored, or a predecessor's."""
+        self.live = live
+        holds = {"root": live.root_fd}
+        for name, ends in live.stdio.items():
+            holds.update(_holds(name, ends))
+        self._tell_keeper({"hold": list(holds), "state": self._state()}, list(holds.values()))
+        log = live.log_path if self.spec.stdio in ("tty", "pipes") else None
+        for name, ends in live.stdio.items():
+            log_fd = None if log is None or name != INIT else _open_log(self.dirs)
+            self.stdio[name] = self._make_stdio(name, ends, log_fd)
+        self.loop.watch(live.init_pidfd, read=self._init_ended)
+        for session in live.sessions.values():
+            self._watch_session(session)
+        for name in live.stdio:
+            if name != INIT:  # whoever was connected is connected to the origin
+                self._serial = max(self._serial, int(name.rpartition("-")[2]))
+                self.stdio[name].end_input()
+        self.checkpointer = engine.checkpointer(live)
+        self._note_running(live)
+
+    def _note_running(self, live: LivePod) -> None:
+        """Tell the index, now or, when it is busy or its disk is full, later: the pod comes first."""
+        try:
+            self.pool.set_pod_state(
+                self.record.id, PodState.RUNNING, init_pid=live.init_pid, monitor_pid=os.getpid()
+            )
+        except PodtreeError:
+            traceback.print_exc()
+            self.loop.later(_RETRY_S, lambda: self._note_running(live) if self.live is live else None)
+
+    def _note_end(self) -> None:
+        for _ in range(3):
+            try:
+                self.pool.set_pod_state(self.record.id, self.final_state, exit_code=self.exit_code)
+                return
+            except PodtreeError:  # exit.json has the code, and the index will see that the pod is gone
+                traceback.print_exc()
+
+    def _make_stdio(self, name: str, ends: StdioEnds, log_fd: int | None) -> Stdio:
+        def closed() -> None:
+            """The keeper's copy would keep the other side from noticing."""
+            gone = [f"{name}:{number}" for number, fd in enumerate(ends.pipes) if fd is None]
+            self._tell_keeper({"drop": gone, "state": self._state()})
+
+        return Stdio(self.loop, ends, log_fd, closed)
+
+    def adopt(self, state: dict[str, Any]) -> None:
+        """Take over the pod of a supervisor that died."""
+        held = self._held  # no duplicates: one that stayed open would keep an end of file from arriving
+        stdio = {}
+        for name, data in state["stdio"].items():
+            ends = msgspec.convert(data, StdioEnds)
+            ends.console = held.get(f"{name}:c")
+            ends.pipes = (held.get(f"{name}:0"), held.get(f"{name}:1"), held.get(f"{name}:2"))
+            stdio[name] = ends
+        group = Cgroup(tuple(state["cgroup"]))
+        self._serial = state["serial"]
+        try:
+            pidfd = pidfd_open(state["init_pid"])
+        except ProcessLookupError:
+            pidfd = -1
+        if pidfd < 0 or (self.dirs.pod / "exit.json").exists():
+            self._adopt_ended(group)
+            return
+        sessions = {}
+        for name, pid in state["sessions"].items():
+            with contextlib.suppress(ProcessLookupError):
+                sessions[name] = ExecSession(name, pid, pidfd_open(pid))
+        clock = ClockOffsets(*state["clock"])
+        self.install(
+            LivePod(
+                self.record.id, self.spec, self.dirs, state["init_pid"], pidfd, held["root"], group, clock,
+                stdio, sessions,
+            )
+        )  # fmt: skip
+        self.checkpointer.recover()
+        self._listen()
+
+    def _adopt_ended(self, group: Cgroup) -> None:
+        """The pod ended while nobody supervised it."""
+        self.exit_code = keeper.read_exit(self.dirs.pod / "exit.json")
+        group.remove()
+        self._listen()
+        self._finish()
+
+    def _state(self) -> dict[str, Any]:
+        assert self.live is not None
+        live = self.live
+        return {
+            "init_pid": live.init_pid,
+            "cgroup": list(live.cgroup.dirs),
+            "clock": [live.clock.monotonic_ns, live.clock.boottime_ns],
+            "stdio": {name: msgspec.to_builtins(ends) for name, ends in live.stdio.items()},
+            "sessions": {name: session.pid for name, session in live.sessions.items()},
+            "serial": self._serial,
+        }
+
+    def _tell_keeper(self, message: dict[str, Any], fds: list[int] | None = None) -> None:
+        if self._keeper is not None:
+            try:
+                wire.send(self._keeper, message, fds or [])
+            except OSError:  # it was killed: this supervisor won't be replaced, and goes on
+                self._keeper = None
+
+    def _failed(self, client: Connection, error: Exception) -> None:
+        """There is no pod: everything that was made for it goes, and the starter learns why."""
+        group = cgroup.find(self.record.id)
+        for pid in group.pids(0) if group.dirs else []:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        group.remove()
+        with contextlib.suppress(Exception):
+            self.pool.set_pod_state(self.record.id, PodState.EXITED, exit_code=getattr(error, "exit_code", 125))
+        keeper.remove_run_dir(self.dirs)
+        self._tell_keeper({"done": True})
+        client.send(wire.encode_error(error))
+        client.close(flush=True)
+        self._leave_when_sent()
+
+    # ---- the loop
+
+    def run(self) -> None:
+        """Until the pod has ended and everybody knows."""
+        self.loop.run()
+
+    def _listen(self) -> None:
+        self._listener.setblocking(False)
+        self.loop.watch(self._listener.fileno(), read=self._accept)
+
+    def _accept(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            self._connect(self._listener.accept()[0])
+
+    def _connect(self, sock: socket.socket) -> Connection:
+        client = Connection(self.loop, sock, self._heard, self._gone)
+        self._connections.add(client)
+        return client
+
+    def _gone(self, client: Connection) -> None:
+        self._connections.discard(client)
+        self._detach(client)
+        if client in self._waiting:
+            self._waiting.remove(client)
+
+    def _heard(self, client: Connection, message: dict[str, Any]) -> None:
+        """A request, or what an attached client sends on."""
+        try:
+            if "do" not in message:
+                self._attached_sent(client, message)
+                return
+            request = _REQUESTS.get(str(message["do"]))
+            if request is None:
+                raise UsageError(f"the pod's supervisor knows no {message['do']!r}")
+            result = request(self, client, message)
+            if result is not None:
+                client.send({"ok": result})
+        except Exception as error:
+            if not isinstance(error, PodtreeError | OSError):
+                traceback.print_exc()
+            client.send(wire.encode_error(error))
+
+    def running(self) -> LivePod:
+        """The pod; raises Conflict when it has ended."""
+        if self.live is None:
+            raise Conflict(f"pod {self.record.name} has ended")
+        return self.live
+
+    # ---- stdio of clients
+
+    def _attach(self, client: Connection, name: str, size: tuple[int, int] | None) -> None:
+        self._attached[client] = name
+        self.stdio[name].attach(client, size)
+
+    def _detach(self, client: Connection) -> None:
+        name = self._attached.pop(client, None)
+        if name is not None and name in self.stdio:
+            self.stdio[name].detach(client)
+            if name not in self._attached.values() and (name != INIT or not self.spec.interactive):
+                self.stdio[name].end_input()  # nobody is left to type
+
+    def _attached_sent(self, client: Connection, message: dict[str, Any]) -> None:
+        name = self._attached.get(client)
+        if name is None or name not in self.stdio:
+            return
+        stdio = self.stdio[name]
+        if "in" in message:
+            stdio.write(message["in"])
+        elif "size" in message:
+            stdio.resize(*message["size"])
+        elif "signal" in message and self.live is not None:
+            pidfd = self.live.init_pidfd if name == INIT else self.live.sessions[name].pidfd
+            with contextlib.suppress(ProcessLookupError):
+                pidfd_send_signal(pidfd, int(message["signal"]))
+        elif "eof" in message:
+            stdio.end_input()
+        elif "closed" in message and len(stdio.clients) == 1:
+            stdio.end_output(int(message["closed"]))
+        elif "detach" in message:
+            self.stdio[name].detach(client)
+            self._attached.pop(client)
+            client.send({"detached": True})
+
+    # ---- requests: each gives the reply, or None when it replies later
+
+    def _do_status(self, client: Connection, message: dict[str, Any]) -> dict[str, Any]:
+        live = self.running()
+        return {
+            "id": self.record.id,
+            "pid": live.init_pid,
+            "supervisor": os.getpid(),
+            "stdio": self.spec.stdio,
+            "attached": len(self._attached),
+            "sessions": {name: session.pid for name, session in live.sessions.items()},
+            "pids": live.pids(),
+        }
+
+    def _do_attach(self, client: Connection, message: dict[str, Any]) -> dict[str, Any]:
+        self.running()
+        if self.spec.stdio not in ("tty", "pipes"):
+            raise Conflict(f"pod {self.record.name} writes to its log only", "podtree logs -f follows it")
+        self._attach(client, INIT, message.get("size"))
+        return {"stdio": self.spec.stdio}
+
+    def _do_signal(self, client: Connection, message: dict[str, Any]) -> dict[str, Any]:
+        pidfd_send_signal(self.running().init_pidfd, int(message["signal"]))
+        return {}
+
+    def _do_wait(self, client: Connection, message: dict[str, Any]) -> dict[str, Any] | None:
+        if self.exit_code is not None:
+            return {"code": self.exit_code}
+        self._waiting.append(client)
+        return None
+
+    def _do_stop(self, client: Connection, message: dict[str, Any]) -> None:
+        """SIGTERM, and SIGKILL after `timeout` seconds; the reply comes when the pod has ended."""
+        live = self.running()
+        self._waiting.append(client)
+        pidfd_send_signal(live.init_pidfd, signal.SIGTERM)
+        pidfd_send_signal(live.init_pidfd, signal.SIGCONT)
+
+        def kill() -> None:
+            if self.live is live:
+                with contextlib.suppress(ProcessLookupError):
+                    pidfd_send_signal(live.init_pidfd, signal.SIGKILL)
+
+        self.loop.later(float(message.get("timeout", 10)), kill)
+
+    def _do_exec(self, client: Connection, message: dict[str, Any]) -> None:
+        live = self.running()
+        spec = check(msgspec.convert(message["spec"], PodSpec))
+        self._serial += 1
+        size = message.get("size")
+        entered = enter(live, f"exec-{self._serial}", spec, self._hop_fd, self._filter, size)
+        name = entered.session.name
+        live.sessions[name], live.stdio[name] = entered.session, entered.ends
+        holds = _holds(name, entered.ends)
+        self._tell_keeper({"hold": list(holds), "state": self._state()}, list(holds.values()))
+        self._watch_report(client, entered, attach=not message.get("detach"))
+
+    def _watch_report(self, client: Connection, entered: Entered, *, attach: bool) -> None:
+        """Reply when it is known whether the program could be executed, or can be taken to be.
+
+        Its output isn't read before: who asked for it is to get all of it, after the reply.
+        """
+        session = entered.session
+
+        def known() -> None:
+            self.loop.forget(entered.report_r)
+            timer.cancel()
+            data = b""
+            with contextlib.suppress(BlockingIOError):
+                data = os.read(entered.report_r, 1 << 20)
+            os.close(entered.report_r)
+            failure = wire.parse_report(data)
+            if self.live is None or self.live.sessions.get(session.name) is not session:
+                failure = failure or Conflict(f"pod {self.record.name} has ended")
+                for fd in entered.ends.fds():
+                    os.close(fd)
+                client.send(wire.encode_error(failure))
+                return
+            self.stdio[session.name] = self._make_stdio(session.name, entered.ends, None)
+            if failure is not None:
+                client.send(wire.encode_error(failure))
+            else:
+                client.send({"ok": {"pid": session.pid, "name": session.name}})
+                if attach and not client.closed:
+                    self._attach(client, session.name, None)
+            self._watch_session(session)
+
+        timer = self.loop.later(_REPORT_S, known)
+        self.loop.watch(entered.report_r, read=known)
+
+    def drain_output(self) -> None:
+        """Everything that the pod has written so far is in the log, and on its way to who is attached."""
+        for stdio in self.stdio.values():
+            stdio.drain()
+
+    def _do_checkpoint(self, client: Connection, message: dict[str, Any]) -> dict[str, Any]:
+        return engine.checkpoint(self, stop=bool(message.get("stop")), message=str(message.get("message", "")))
+
+    def _do_check(self, client: Connection, message: dict[str, Any]) -> dict[str, Any]:
+        return {"problems": [msgspec.to_builtins(p) for p in engine.check(self)]}
+
+    def _do_diff(self, client: Connection, message: dict[str, Any]) -> dict[str, Any]:
+        return engine.diff(self, str(message["checkpoint"]), live_first=bool(message.get("live_first")))
+
+    def _do_rewind(self, client: Connection, message: dict[str, Any]) -> dict[str, Any]:
+        return engine.rewind(self, str(message["checkpoint"]))
+
+    # ---- ends
+
+    def _watch_session(self, session: ExecSession) -> None:
+        self.loop.watch(session.pidfd, read=lambda: self._session_ended(session))
+
+    def _session_ended(self, session: ExecSession) -> None:
+        """A process that `exec` started has ended."""
+        self.loop.forget(session.pidfd)
+        os.close(session.pidfd)
+        code = self._reap(session.pid, self.dirs.run / f"exit-{session.pid}.json")
+        self._end_stdio(session.name, code)
+        if self.live is not None:
+            self.live.sessions.pop(session.name, None)
+            ends = self.live.stdio.pop(session.name, None)
+            if ends is not None:
+                names = [f"{session.name}:{part}" for part in "c012"]
+                self._tell_keeper({"drop": names, "state": self._state()})
+
+    def _end_stdio(self, name: str, code: int) -> None:
+        """Pass on what is left of the output, and the exit code to who is attached."""
+        stdio = self.stdio.pop(name, None)
+        if stdio is None:  # of an exec that has just begun
+            return
+        stdio.drain()
+        stdio.close()
+        for client in stdio.clients:
+            self._attached.pop(client, None)
+            client.on_drain = None
+            client.pause(False)
+            client.send({"exit": code})
+
+    def _reap(self, pid: int, noted: Any) -> int:
+        """The exit code of a process that has ended: ours to wait for, or the keeper's, who notes it."""
+        try:
+            _, status = os.waitpid(pid, 0)
+        except ChildProcessError:
+            deadline = time.monotonic() + 2
+            while (code := keeper.read_exit(noted)) is None and time.monotonic() < deadline:
+                time.sleep(0.005)
+            return 255 if code is None else code
+        code = os.waitstatus_to_exitcode(status)
+        if noted.name == "exit.json":
+            keeper.write_exit(noted, status)
+        return code if code >= 0 else 128 - code
+
+    def end_processes(self) -> None:
+        """Kill the pod and wait until no process of it is left; the stdio's clients stay (for a rewind)."""
+        live = self.running()
+        with contextlib.suppress(ProcessLookupError):
+            pidfd_send_signal(live.init_pidfd, signal.SIGKILL)
+        has_ended(live.init_pidfd, 60)
+        self._release(self._reap(live.init_pid, self.dirs.pod / "exit.json"))
+
+    def _init_ended(self) -> None:
+        live = self.running()
+        self.exit_code = self._reap(live.init_pid, self.dirs.pod / "exit.json")
+        self._release(self.exit_code)
+        self._end_stdio(INIT, self.exit_code)
+        self._finish()
+
+    def _release(self, code: int) -> None:
+        """Let go of a pod whose first process has ended: the kernel has killed the rest."""
+        live = self.running()
+        self.loop.forget(live.init_pidfd)
+        for session in list(live.sessions.values()):
+            has_ended(session.pidfd, 10)
+            self._session_ended(session)
+        engine.release(self.checkpointer)
+        os.close(live.init_pidfd)
+        os.close(live.root_fd)
+        live.cgroup.remove()
+        self._tell_keeper({"drop": ["root"]})
+        self.live = self.checkpointer = None
+
+    def take_clients(self) -> list[Connection]:
+        """Those attached to the first process, for the one that takes its place; its stdio is closed."""
+        stdio = self.stdio.pop(INIT)
+        stdio.drain()
+        stdio.close()
+        return [client for client in stdio.clients if not client.closed]
+
+    def give_clients(self, clients: list[Connection]) -> None:
+        """The reverse."""
+        for client in clients:
+            self._attach(client, INIT, None)
+
+    def _finish(self) -> None:
+        """The pod's story is over: note it, tell everybody, leave."""
+        self._finished = True
+        self._note_end()
+        if self.spec.auto_remove:
+            with contextlib.suppress(PodtreeError):
+                self.pool.remove_pod(self.record.id)
+        self.loop.forget(self._listener.fileno())
+        keeper.remove_run_dir(self.dirs)
+        self._tell_keeper({"done": True})
+        for client in self._waiting:
+            client.send({"ok": {"code": self.exit_code}})
+        self._leave_when_sent()
+
+    def give_up(self) -> None:
+        """A rewind failed after the pod's processes were gone: it has ended."""
+        if self.live is not None:
+            self.end_processes()
+        self.exit_code = 255
+        group = cgroup.find(self.record.id)
+        group.remove()
+        self._finish()
+
+    def _leave_when_sent(self) -> None:
+        deadline = time.monotonic() + _LINGER_S
+
+        def look() -> None:
+            if time.monotonic() > deadline or not any(c.waiting for c in self._connections):
+                self.loop.stop()
+            else:
+                self.loop.later(0.01, look)
+
+        look()
+
+
+def _holds(name: str, ends: StdioEnds) -> dict[str, int]:
+    """Names for the descriptors that the keeper is to hold."""
+    parts = {"c": ends.console, "0": ends.pipes[0], "1": ends.pipes[1], "2": ends.pipes[2]}
+    return {f"{name}:{part}": fd for part, fd in parts.items() if fd is not None}
+
+
+def _open_log(dirs: PodDirs) -> int:
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+    return os.open(dirs.log, flags, 0o600)
+
+
+_Request = Callable[[Supervisor, Connection, dict[str, Any]], dict[str, Any] | None]
+_REQUESTS: dict[str, _Request] = {
+    "status": Supervisor._do_status,
+    "attach": Supervisor._do_attach,
+    "signal": Supervisor._do_signal,
+    "wait": Supervisor._do_wait,
+    "stop": Supervisor._do_stop,
+    "exec": Supervisor._do_exec,
+    "checkpoint": Supervisor._do_checkpoint,
+    "check": Supervisor._do_check,
+    "diff": Supervisor._do_diff,
+    "rewind": Supervisor._do_rewind,
+}

@@ -1,0 +1,66 @@
+"""Rows of the index as records."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from typing import Any
+
+from podtree.pool import liveness
+from podtree.pool.records import CheckpointId, CheckpointRecord, PodId, PodRecord, PodState
+
+CHECKPOINTS = """
+SELECT c.*, p.name AS pod_name,
+       (SELECT group_concat(name, '/') FROM (SELECT name FROM tags WHERE checkpoint = c.id ORDER BY name)) AS tags
+FROM checkpoints c JOIN pods p ON p.id = c.pod
+"""
+
+
+def checkpoint(row: sqlite3.Row) -> CheckpointRecord:
+    """A row of CHECKPOINTS."""
+    return CheckpointRecord(
+        id=CheckpointId(row["id"]),
+        pod=PodId(row["pod"]),
+        pod_name=row["pod_name"],
+        number=row["number"],
+        parent=_id(row["parent"]),
+        time_ns=row["time_ns"],
+        message=row["message"],
+        summary=json.loads(row["summary"]),
+        tags=tuple(row["tags"].split("/")) if row["tags"] else (),
+    )
+
+
+def pod(row: sqlite3.Row) -> PodRecord:
+    """A row of pods, its state as it is now: a running pod whose processes are gone is shown as lost."""
+    state = PodState(row["state"])
+    if state is PodState.RUNNING and not _runs(row):
+        state = PodState.LOST
+    running = state is PodState.RUNNING
+    spec: dict[str, Any] = json.loads(row["spec"])
+    return PodRecord(
+        id=PodId(row["id"]),
+        name=row["name"],
+        state=state,
+        created_ns=row["created_ns"],
+        parent=_id(row["parent"]),
+        head=_id(row["head"]),
+        spec=spec,
+        init_pid=row["init_pid"] if running else None,
+        monitor_pid=row["monitor_pid"] if running else None,
+        exit_code=row["exit_code"],
+        ended_ns=row["ended_ns"],
+        removed=bool(row["removed"]),
+    )
+
+
+def _id(text: str | None) -> CheckpointId | None:
+    return None if text is None else CheckpointId(text)
+
+
+def _runs(row: sqlite3.Row) -> bool:
+    # While the process that watches the pod is there, it is about to note the end.
+    boot = row["boot_id"]
+    return liveness.is_alive(row["init_pid"], row["init_start"], boot) or liveness.is_alive(
+        row["monitor_pid"], row["monitor_start"], boot
+    )

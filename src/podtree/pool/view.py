@@ -1,0 +1,77 @@
+"""Records as lines for a person and as plain data for JSON; knows no terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import datetime
+from typing import Any
+
+from podtree.pool.records import CheckpointRecord, PodRecord
+
+
+def iso(moment: datetime | None) -> str | None:
+    """ISO 8601 with the zone, to the millisecond."""
+    return None if moment is None else moment.isoformat(timespec="milliseconds")
+
+
+def size(count: int | float) -> str:
+    """Bytes for a person: 812 B, 3.4 MiB."""
+    if count < 1024:
+        return f"{count:.0f} B"
+    for unit in ("KiB", "MiB", "GiB", "TiB"):
+        count /= 1024
+        if count < 1024 or unit == "TiB":
+            break
+    return f"{count:.1f} {unit}"
+
+
+def checkpoint_json(record: CheckpointRecord) -> dict[str, Any]:
+    """A checkpoint as JSON: its record, with the summary's fields (pause_ms, bytes_written...) among them."""
+    own = {
+        "id": record.id,
+        "pod": record.pod_name,
+        "pod_id": record.pod,
+        "number": record.number,
+        "ref": record.ref,
+        "parent": record.parent,
+        "time": iso(record.time),
+        "tags": list(record.tags),
+        "message": record.message,
+    }
+    return {**own, **{key: value for key, value in record.summary.items() if key not in own}}
+
+
+def pod_json(record: PodRecord) -> dict[str, Any]:
+    """A pod as JSON."""
+    return {
+        "id": record.id,
+        "name": record.name,
+        "state": record.state.value,
+        "pid": record.init_pid,
+        "exit_code": record.exit_code,
+        "created": iso(record.created),
+        "ended": iso(record.ended),
+        "parent": record.parent,
+        "head": record.head,
+        "spec": record.spec,
+    }
+
+
+def checkpoint_line(record: CheckpointRecord, pods: Iterable[PodRecord] = ()) -> str:
+    """id, pod@number, (tags, pods that run on from here), time, size, message."""
+    marks = [f"tag: {tag}" for tag in record.tags]
+    marks += [f"{pod.name}: {pod.state}" for pod in pods]
+    parts = [record.id, record.ref]
+    if marks:
+        parts.append(f"({', '.join(marks)})")
+    parts.append(f"{record.time:%Y-%m-%d %H:%M:%S}")
+    written = record.summary.get("bytes_written")
+    if isinstance(written, (int, float)):
+        parts.append(size(written))
+    first_line = printable(record.message.partition("\n")[0])
+    return "  ".join([*parts, first_line]).rstrip()
+
+
+def printable(text: str) -> str:
+    """The text with control characters escaped: what a pod or an image says must not drive the terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

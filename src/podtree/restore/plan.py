@@ -1,0 +1,214 @@
+"""In which order a process tree is grown so that parents, sessions and groups come out right.
+
+A process gets its session from the one that creates it, at that moment; only setsid(2) changes it. So a
+child in the session that its parent left must be born before the parent's setsid; an orphan in a foreign
+session must be born there, by a process that then ends, so that the orphan falls to its reaper.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from podtree.errors import RestoreFailed
+from podtree.objects.processes import Place
+
+FIRST_HELPER_PID = 30_000
+
+
+@dataclass(frozen=True, slots=True)
+class Spawn:
+    """`parent` creates `pid`. Parent 0: started from outside of the pod."""
+
+    parent: int
+    pid: int
+    exit_signal: int
+
+
+@dataclass(frozen=True, slots=True)
+class NewSession:
+    """`pid` calls setsid(2)."""
+
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class JoinGroup:
+    """`pid` calls setpgid(0, group)."""
+
+    pid: int
+    group: int
+
+
+@dataclass(frozen=True, slots=True)
+class EndHelper:
+    """The temporary process `pid` ends; `parent` waits for it."""
+
+    pid: int
+    parent: int
+
+
+Step = Spawn | NewSession | JoinGroup | EndHelper
+
+
+@dataclass(slots=True)
+class _Planner:
+    places: dict[int, Place]
+    used: set[int]
+    steps: list[Step] = field(default_factory=list)
+    session: dict[int, int] = field(default_factory=dict)  # pid -> session at this point of the plan
+    group: dict[int, int] = field(default_factory=dict)
+    children: dict[int, list[Place]] = field(default_factory=dict)
+    orphans: list[Place] = field(default_factory=list)
+    _births: dict[int, int | None] = field(default_factory=dict)
+
+    def spawn(self, parent: int, pid: int, exit_signal: int) -> None:
+        self.steps.append(Spawn(parent, pid, exit_signal))
+        self.session[pid] = self.session.get(parent, 0)
+        self.group[pid] = self.group.get(parent, 0)
+
+    def new_session(self, pid: int) -> None:
+        self.steps.append(NewSession(pid))
+        self.session[pid] = self.group[pid] = pid
+
+    def join(self, pid: int, group: int) -> None:
+        self.steps.append(JoinGroup(pid, group))
+        self.group[pid] = group
+
+    def helper_pid(self) -> int:
+        pid = FIRST_HELPER_PID
+        while pid in self.used:
+            pid += 1
+        self.used.add(pid)
+        return pid
+
+    def birth(self, place: Place) -> int | None:
+        """The session that a process has to be born in; None if any will do.
+
+        A session leader may have been anything before its setsid; but children in a third session can only
+        have been born before that, so it was born in theirs. For process 1 such children are orphans.
+        """
+        if place.sid != place.pid:
+            return place.sid
+        if place.pid not in self._births:
+            wanted = {self.birth(c) for c in self.children.get(place.pid, [])} - {None, place.sid}
+            self._births[place.pid] = min(w for w in wanted if w is not None) if wanted and place.pid != 1 else None
+        return self._births[place.pid]
+
+    def create(self, place: Place, creator: int) -> None:
+        """`creator` makes the process, then its children are made, the early ones before its setsid."""
+        self.spawn(creator, place.pid, place.exit_signal)
+        inherited = self.session[place.pid]
+        waiting = self.children.get(place.pid, [])
+        if place.sid == place.pid:
+            for child in [c for c in waiting if self.birth(c) == inherited != place.sid]:
+                self.create(child, place.pid)
+            self.new_session(place.pid)
+        elif place.sid != inherited:
+            raise RestoreFailed(f"no way found to put process {place.pid} into session {place.sid}")
+        for child in waiting:
+            if child.pid in self.session:
+                continue
+            if self.birth(child) in (place.sid, None):
+                self.create(child, place.pid)
+            else:
+                self.orphans.append(child)
+
+    def adopt(self) -> None:
+        """Create the orphans: each in its session, through a helper that ends."""
+        postponed = 0
+        while self.orphans:
+            orphan = self.orphans.pop(0)
+            session = self.birth(orphan) or 0
+            members = [pid for pid, its in self.session.items() if its == session and pid in self.places]
+            if not members and session in self.places:  # its leader is an orphan itself, still to come
+                postponed += 1
+                if postponed > len(self.orphans) + 1:
+                    raise RestoreFailed(f"no way found to put process {orphan.pid} into session {session}")
+                self.orphans.append(orphan)
+                continue
+            postponed = 0
+            host = members[0] if members else orphan.ppid
+            helper = self.helper_pid() if members else session
+            self.spawn(host, helper, 0)
+            if not members:
+                self.new_session(helper)
+            same = [orphan] + [o for o in self.orphans if self.birth(o) == session and o.ppid == orphan.ppid]
+            self.orphans = [o for o in self.orphans if o not in same]
+            for one in same:
+                self.create(one, helper)
+            self.steps.append(EndHelper(helper, host))
+
+    def groups(self) -> None:
+        """Process groups: leaders first. A group without its leader needs somebody to found it and to stay in it
+        until all have joined: a helper with the number, or the leader itself, if it lives in another group now."""
+        for pid, place in self.places.items():
+            if place.pgid == pid and self.group[pid] != pid:
+                self.join(pid, pid)
+        existing = {self.group[pid] for pid in self.places}
+        missing = {p.pgid: p for p in self.places.values() if p.pgid and p.pgid not in existing}
+        keepers: list[tuple[int, int]] = []
+        for group, member in missing.items():
+            creator = self._member_of_session(member.sid)
+            if group in self.places:
+                keepers.append(self._keeper(group))  # of the group that the leader leaves for a moment
+                self.join(group, group)
+                keepers.append(self._keeper(group))
+            else:
+                self.spawn(creator, group, 0)
+                self.join(group, group)
+                keepers.append((group, creator))
+        for pid, place in self.places.items():
+            if place.pgid and self.group[pid] != place.pgid:
+                self.join(pid, place.pgid)
+        for helper, creator in keepers:
+            self.steps.append(EndHelper(helper, creator))
+
+    def _keeper(self, creator: int) -> tuple[int, int]:
+        """A helper in the process group that `creator` is in."""
+        helper = self.helper_pid()
+        self.spawn(creator, helper, 0)
+        return helper, creator
+
+    def _member_of_session(self, sid: int) -> int:
+        for pid, place in self.places.items():
+            if place.sid == sid:
+                return pid
+        raise RestoreFailed(f"no process of session {sid}")
+
+
+def plan_tree(places: Iterable[Place]) -> list[Step]:
+    """Steps that grow the whole tree. Raises RestoreFailed for a tree that can't exist.
+
+    Places come from an image, which may be hostile: cycles and missing parents are found here.
+    """
+    by_pid = {p.pid: p for p in sorted(places, key=lambda p: p.pid)}
+    if 1 not in by_pid:
+        raise RestoreFailed("the image has no process 1")
+    used = set(by_pid) | {p.sid for p in by_pid.values()} | {p.pgid for p in by_pid.values()}
+    planner = _Planner(by_pid, used)
+    for place in by_pid.values():
+        if place.ppid and place.ppid not in by_pid:
+            raise RestoreFailed(f"process {place.pid} has a parent {place.ppid} that is not in the image")
+        planner.children.setdefault(place.ppid, []).append(place)
+    for root in planner.children.get(0, []):
+        planner.create(root, 0)
+    planner.adopt()
+    if set(by_pid) - set(planner.session):
+        raise RestoreFailed("the process tree of the image has a cycle")
+    planner.groups()
+    return planner.steps
+
+
+def describe(steps: Iterable[Step]) -> Iterator[str]:
+    """One line per step, for people."""
+    for step in steps:
+        match step:
+            case Spawn(parent, pid, _):
+                yield f"{parent or 'outside'} creates {pid}"
+            case NewSession(pid):
+                yield f"{pid} becomes a session leader"
+            case JoinGroup(pid, group):
+                yield f"{pid} joins process group {group}"
+            case EndHelper(pid, parent):
+                yield f"helper {pid} ends, {parent} reaps it"

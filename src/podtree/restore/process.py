@@ -1,0 +1,326 @@
+"""One process under construction: from a copy of the stem to what it was, all but its last registers."""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import os
+import signal
+import struct
+import time
+from dataclasses import dataclass
+
+from podtree.errors import RestoreFailed
+from podtree.image.pages import Run, load_map
+from podtree.kernel import fdops, mm, procfs, ptrace
+from podtree.kernel.sys import NR, PAGE_SIZE
+from podtree.objects import memory, processes, scheduling, signals, threads, timers
+from podtree.objects.descriptors import Deferred
+from podtree.objects.epoll import OwnWatch
+from podtree.objects.memory import Vma, VmaKind
+from podtree.objects.processes import Process
+from podtree.restore.arena import SIZE, Body
+from podtree.script.task import Remote, Script, check
+
+DUP3 = 292
+EPOLL_CTL_ADD = 1
+READ_MAX = 1 << 30  # bytes per pread; the kernel's limit is a little below 2 GiB
+READ_BYTES_PER_S = 50 << 20  # what the slowest disk is trusted with, for time limits
+THREAD_FLAGS = 0x100 | 0x200 | 0x400 | 0x800 | 0x10000 | 0x40000  # VM FS FILES SIGHAND THREAD SYSVSEM
+
+
+@dataclass(slots=True)
+class Shared:
+    """What all processes of the restore have in common."""
+
+    slot_base: int
+    page_slots: dict[str, int]  # page file name -> descriptor in every body
+    image_dir_fd: int
+    deferred: Deferred
+    flags: dict[int, int]  # OpenFile.id -> F_GETFL
+    holders: dict[tuple[int, int], int]  # (descriptor, OpenFile.id) -> the first process that has it so
+    epoll_holders: dict[int, int]  # OpenFile.id -> the first process that has it at all
+    last_cap: int
+    clock_offset_ns: int  # the pod's CLOCK_MONOTONIC less ours
+
+    def late_ns(self, read_ns: int) -> int:
+        """Time that has passed for the pod since `read_ns` of its CLOCK_MONOTONIC, the restore's own included."""
+        return max(0, time.monotonic_ns() + self.clock_offset_ns - read_ns)
+
+    def watch_owner(self, own: OwnWatch) -> int:
+        """The process that most likely made a registration: it has the watched file at that number."""
+        return self.holders.get((own.watch.fd, own.watch.file), self.epoll_holders.get(own.epoll, 1))
+
+
+class ProcessRestorer:
+    """Brings one process back, step by step; `finish` is the last before it runs."""
+
+    def __init__(self, process: Process, body: Body, shared: Shared) -> None:
+        self.process = process
+        self.body = body
+        self.shared = shared
+        self.pid = process.place.pid
+        self.bodies: list[Body] = [body]  # one per thread
+
+    # --- memory
+
+    def map_memory(self) -> None:
+        """Make all mappings and fill in the pages that were saved."""
+        runs = load_map(self.shared.image_dir_fd, f"mem/{self.process.memory.pages}")
+        filled = _filled_vmas(self.process.memory.vmas, runs)
+        script = self.body.script()
+        for index, vma in enumerate(self.process.memory.vmas):
+            memory.restore_vma(vma, script, self.shared.slot_base, index in filled)
+            script = self._flush(script)
+        self.body.run(script)
+        self._fill(runs)
+        script = self.body.script()
+        for index, vma in enumerate(self.process.memory.vmas):
+            memory.settle_vma(vma, script, index in filled)
+            script = self._flush(script)
+        for start, length in self.process.memory.guards:
+            script.add(NR.madvise, start, length, memory.MADV_GUARD_INSTALL, name="madvise guard")
+            script = self._flush(script)
+        self.body.run(script)
+
+    def _flush(self, script: Script) -> Script:
+        if not script.full:
+            return script
+        self.body.run(script)
+        return self.body.script()
+
+    def _fill(self, runs: list[Run]) -> None:
+        """Read the saved pages into place; every byte that was saved must come."""
+        slot = self.shared.page_slots[self.process.memory.pages]
+        pending: list[tuple[int, int]] = []
+        for first, count in runs:
+            address, left = first * PAGE_SIZE, count * PAGE_SIZE
+            while left:
+                size = min(left, READ_MAX)
+                pending.append((address, size))
+                address, left = address + size, left - size
+        for start in range(0, len(pending), 2000):
+            batch = pending[start : start + 2000]
+            script = self.body.script()
+            for address, size in batch:
+                script.add(NR.pread64, slot, address, size, address, name=f"read pages at {address:#x}")
+            timeout = 60 + sum(size for _, size in batch) / READ_BYTES_PER_S
+            results = script.execute(self.body.remote, timeout)
+            for (address, size), got in zip(batch, results.values, strict=True):
+                if got != size:
+                    raise RestoreFailed(f"process {self.pid}: {got} of {size} bytes of pages at {address:#x}")
+
+    # --- what the process shares among its threads
+
+    def set_attributes(self) -> None:
+        """Layout, directories, signal actions, timers, descriptors. Needs the memory in place."""
+        script = self.body.script()
+        base = self.shared.slot_base
+        memory.restore_layout(self.process.memory.layout, script, base + self.process.exe)
+        if self.process.root >= 0:
+            script.add(NR.fchdir, base + self.process.root, name="fchdir to the root")
+            script.add(NR.chroot, script.put(b".\0"), name="chroot")
+        processes.restore_attributes(self.process, script, base, self.shared.late_ns(self.process.read_ns))
+        self.body.run(script)
+        self._register_watches()
+        self._place_descriptors()
+
+    def _register_watches(self) -> None:
+        """epoll registrations that wake the process that makes them: this one, if it is their owner."""
+        script = self.body.script()
+        base = self.shared.slot_base
+        for own in self.shared.deferred.watches:
+            if self.shared.watch_owner(own) != self.pid:
+                continue
+            watch, what = own.watch, f"epoll registration of descriptor {own.watch.fd}"
+            event = script.put(struct.pack("<IQ", watch.events & 0xFFFFFFFF, watch.data & (1 << 64) - 1))
+            script.add(DUP3, base + watch.file, watch.fd, os.O_CLOEXEC, name=what)
+            script.add(NR.epoll_ctl, base + own.epoll, EPOLL_CTL_ADD, watch.fd, event, name=what)
+            script.add(NR.close, watch.fd)
+            script = self._flush(script)
+        self.body.run(script)
+
+    def _place_descriptors(self) -> None:
+        """Own numbers for all, then owners of I/O signals, and locks last: closing a slot would drop them."""
+        script = self.body.script()
+        base = self.shared.slot_base
+        for fd in self.process.fds:
+            flags = os.O_CLOEXEC if fd.cloexec else 0
+            script.add(DUP3, base + fd.file, fd.fd, flags, name=f"descriptor {fd.fd}")
+            script = self._flush(script)
+        script.add(NR.close_range, base, 0xFFFFFFFF, 0, name="close_range")
+        self._set_owners(script)
+        self._take_locks(script)
+        self.body.run(script)
+
+    def _set_owners(self, script: Script) -> None:
+        for file, owner in self.shared.deferred.owners:
+            if owner.pid != self.pid:
+                continue
+            what = f"I/O signals of descriptor {owner.fd}"
+            script.add(NR.fcntl, owner.fd, fdops.F_SETSIG, owner.signal, name=what)
+            if owner.id:
+                target = script.put(struct.pack("<ii", owner.type, owner.id))
+                script.add(NR.fcntl, owner.fd, fdops.F_SETOWN_EX, target, name=what)
+            if owner.asynchronous:
+                flags = self.shared.flags[file]
+                script.add(NR.fcntl, owner.fd, fcntl.F_SETFL, flags | os.O_ASYNC, name=what)
+
+    def _take_locks(self, script: Script) -> None:
+        number = {fd.file: fd.fd for fd in self.process.fds}
+        for lock in self.shared.deferred.locks:
+            if lock.pid == self.pid and lock.file in number:
+                length = 0 if lock.end is None else lock.end - lock.start + 1
+                kind = fcntl.F_WRLCK if lock.write else fcntl.F_RDLCK
+                flock = script.put(struct.pack("<hhxxxxqqi4x", kind, os.SEEK_SET, lock.start, length, 0))
+                script.add(NR.fcntl, number[lock.file], fcntl.F_SETLK, flock, name="file lock")
+
+    # --- threads
+
+    def make_threads(self) -> None:
+        """Create the other threads with their ids, then give every thread its own state."""
+        for thread in self.process.threads[1:]:
+            child = self.body.clone(THREAD_FLAGS, 0, thread.tid)
+            self.bodies.append(Body(child, self.body.arena, self.body.family))
+        for thread, body in zip(self.process.threads[1:], self.bodies[1:], strict=True):
+            self._set_thread(thread, body)
+
+    def _set_thread(self, thread: threads.Thread, body: Body) -> None:
+        script = body.script()
+        threads.restore(thread, script, self.shared.last_cap)
+        body.run(script)
+
+    def apply_outside_state(self) -> None:
+        """Limits and scheduling, which are set from outside, while the leader is still root: prlimit(2) of a
+        process with other ids would need CAP_SYS_RESOURCE."""
+        host = self.body.tid
+        for thread, body in zip(self.process.threads, self.bodies, strict=True):
+            scheduling.restore(thread.scheduling, body.tid)
+        scheduling.restore_limits(self.process.limits, host)
+
+    def set_leader(self) -> None:
+        """The leader's own state, after all that needs its privileges; process-wide signals and timers."""
+        self._set_thread(self.process.threads[0], self.body)
+        script = self.body.script()
+        if self.process.dumpable in (0, 1):
+            script.add(NR.prctl, processes.PR_SET_DUMPABLE, self.process.dumpable, 0, 0, 0, name="PR_SET_DUMPABLE")
+        self.body.run(script)
+
+    # --- the end: children before their parents
+
+    def hear_of_children(self, children: list[Process]) -> None:
+        """Growing the tree and stopping children has sent SIGCHLDs and left news for wait(2): take them back.
+
+        What really was pending is queued afterwards.
+        """
+        script = self.body.script()
+        for child in children:
+            if child.stopped_by and child.stop_reported:
+                script.add(NR.wait4, child.place.pid, 0, os.WNOHANG | os.WUNTRACED, 0, name="wait for stopped child")
+        mask = script.put(struct.pack("<QQQ", 1 << (signal.SIGCHLD - 1), 0, 0))
+        script.add(NR.rt_sigtimedwait, mask, 0, mask + 8, 8)
+        signals.restore_pending(list(self.process.pending), script, self.pid, self.pid, shared=True)
+        late = self.shared.late_ns(self.process.read_ns)
+        timers.restore_interval_timers(self.process.interval_timers, script, late)
+        self.body.run(script)
+        for thread, body in zip(self.process.threads, self.bodies, strict=True):
+            if thread.pending:  # by itself: nobody else may queue what claims to come from tgkill(2)
+                script = body.script()
+                signals.restore_pending(list(thread.pending), script, self.pid, thread.tid, shared=False)
+                body.run(script)
+
+    def finish(self) -> None:
+        """Unmap the arena and set the registers; the process is what it was, and stopped."""
+        vdso = next(v for v in self.process.memory.vmas if v.kind is VmaKind.VDSO)
+        for body in self.bodies:
+            body.remote.park()
+        planted = self._plant_timed_calls()
+        _unmap_arena(self.body, _find_syscall(self.body.tid, vdso))
+        if self.process.stopped_by:
+            self._stop()
+        for thread, body in zip(self.process.threads, self.bodies, strict=True):
+            ptrace.set_xstate(body.tid, thread.xstate)
+            ptrace.set_regs(body.tid, threads.resume_regs(thread, planted.get(thread.tid)))
+            ptrace.set_sigmask(body.tid, thread.sigmask)
+
+    def _plant_timed_calls(self) -> dict[int, int]:
+        """Have threads that were half-way in a relative wait make that wait again, with the time left.
+
+        Interrupted at once, the call leaves in the kernel what restart_syscall(2) will go on with.
+        """
+        results: dict[int, int] = {}
+        if self.process.stopped_by:
+            return results  # what stops a process would restart the call too early
+        for thread, body in zip(self.process.threads, self.bodies, strict=True):
+            call = threads.timed_call(thread, functools.partial(mm.read_memory, body.tid))
+            if call is None:
+                continue
+            args = list(call.args)
+            rest = max(0, call.rest_ns - self.shared.late_ns(self.process.read_ns))
+            if call.timeout < 0:
+                args[2] = -(-rest // 1_000_000)
+            else:
+                args[call.timeout] = body.put(struct.pack("<qq", *divmod(rest, 1_000_000_000)))
+            results[thread.tid] = body.remote.call_interrupted(call.nr, *args)
+        return results
+
+    def _stop(self) -> None:
+        """Job control's stop: every thread takes part, then it is in effect, and stays so when we let go."""
+        os.kill(self.body.tid, signal.SIGSTOP)
+        for body in self.bodies:
+            ptrace.cont(body.tid)
+            while not (stop := ptrace.wait(body.tid)).is_group_stop:
+                if stop.exited:
+                    raise RestoreFailed(f"process {self.pid} ended while it was being stopped")
+                ptrace.cont(body.tid, 0 if stop.event else stop.signal)
+
+    def go(self) -> None:
+        """Let the process run."""
+        for body in self.bodies:
+            ptrace.detach(body.tid)
+
+
+def _filled_vmas(vmas: tuple[Vma, ...], runs: list[Run]) -> set[int]:
+    """Indexes of the mappings that saved pages belong to; raises RestoreFailed for pages without one."""
+    filled: set[int] = set()
+    index = 0
+    for first, count in runs:
+        start, end = first * PAGE_SIZE, (first + count) * PAGE_SIZE
+        while start < end:
+            while index < len(vmas) and vmas[index].end <= start:
+                index += 1
+            if index == len(vmas) or vmas[index].start > start:
+                raise RestoreFailed(f"the image has pages at {start:#x}, where no mapping is")
+            vma = vmas[index]
+            if vma.shared or vma.kind in (VmaKind.VDSO, VmaKind.SYSV):
+                raise RestoreFailed(f"the image has private pages in a shared mapping at {start:#x}")
+            filled.add(index)
+            start = min(end, vma.end)
+    return filled
+
+
+def _find_syscall(tid: int, vdso: Vma) -> int:
+    """Address of some `syscall` instruction in the task's new vdso."""
+    code = next(e for e in procfs.maps(tid) if e.path == "[vdso]")
+    if not vdso.start <= code.start < vdso.end:
+        raise RestoreFailed("this kernel laid out the vdso in another way than the checkpoint's")
+    at = mm.read_memory(tid, code.start, code.length).find(b"\x0f\x05")
+    if at < 0:
+        raise RestoreFailed("this kernel's vdso has no system call instruction")
+    return code.start + at
+
+
+def _unmap_arena(body: Body, syscall_address: int) -> None:
+    regs = ptrace.get_regs(body.tid)
+    regs.rip, regs.rax = syscall_address, int(NR.munmap)
+    regs.rdi, regs.rsi = body.arena, SIZE
+    regs.orig_rax = (1 << 64) - 1
+    ptrace.set_regs(body.tid, regs)
+    remote: Remote = body.remote
+    remote.step_syscall()
+    check(ptrace.get_regs(body.tid).rax, "munmap of the arena")
+    ptrace.interrupt(body.tid)
+    ptrace.cont(body.tid)
+    stop = ptrace.wait(body.tid)
+    if not stop.is_interrupt:
+        raise RestoreFailed(f"process did not stop at the end of its restore ({stop})")

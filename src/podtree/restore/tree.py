@@ -1,0 +1,120 @@
+"""Growing the process tree: every process with its pid, parent, session, group and terminal.
+
+All are copies of the stem, traced from birth, and act on themselves through the arena.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import termios
+import time
+from collections.abc import Callable
+
+from podtree.errors import RestoreFailed
+from podtree.kernel import procfs, ptrace
+from podtree.kernel.sys import NR
+from podtree.objects.processes import Place, Zombie
+from podtree.restore.arena import Body
+from podtree.restore.plan import EndHelper, JoinGroup, NewSession, Spawn, Step
+from podtree.script.task import TaskLost
+
+PTS_MAJOR = 136  # Documentation/admin-guide/devices.txt: 136-143 are pty slaves
+WALL = 0x40000000
+DEATH_PATIENCE_S = 10.0
+
+
+class Tree:
+    """The bodies of a pod under construction, by inner pid."""
+
+    def __init__(self, arena: int, root_body: Callable[[int], Body]) -> None:
+        self.arena = arena
+        self.bodies: dict[int, Body] = {}
+        self._root_body = root_body  # makes process N from outside of the pod (its parent is 0 inside)
+
+    def grow(self, steps: list[Step]) -> None:
+        """Carry out a plan."""
+        for step in steps:
+            match step:
+                case Spawn(0, pid, _):
+                    self.bodies[pid] = self._root_body(pid)
+                case Spawn(parent, pid, exit_signal):
+                    child = self.bodies[parent].clone(0, exit_signal, pid)
+                    self.bodies[pid] = Body(child, self.arena, self.bodies[parent].family)
+                case NewSession(pid):
+                    self.bodies[pid].do(NR.setsid)
+                case JoinGroup(pid, group):
+                    self.bodies[pid].do(NR.setpgid, 0, group)
+                case EndHelper(pid, parent):
+                    self._end(pid)
+                    self.bodies[parent].do(NR.wait4, pid, 0, WALL, 0)
+
+    def _end(self, pid: int) -> None:
+        """Have a helper exit; its parent can wait for it afterwards."""
+        body = self.bodies.pop(pid)
+        try:
+            body.remote.call(NR.exit_group, 0)
+        except TaskLost:
+            return
+        raise RestoreFailed(f"helper process {pid} did not end")
+
+    def take_terminals(self, places: list[Place]) -> None:
+        """Session leaders take their controlling terminals and set the foreground groups."""
+        for place in places:
+            if place.tty and place.sid == place.pid:
+                self._take_terminal(place)
+
+    def _take_terminal(self, place: Place) -> None:
+        major, minor = os.major(place.tty), os.minor(place.tty)
+        if not PTS_MAJOR <= major < PTS_MAJOR + 8:
+            raise RestoreFailed(f"process {place.pid} has a terminal that is no pty ({major}:{minor})")
+        number = (major - PTS_MAJOR) * 256 + minor
+        body = self.bodies[place.pid]
+        path = body.put(f"/dev/pts/{number}".encode() + b"\0" + struct.pack("<i", 0))
+        fd = body.do(NR.openat, -100, path, os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC, 0)
+        body.do(NR.ioctl, fd, termios.TIOCSCTTY, 0)
+        if place.foreground > 0:
+            group = body.put(struct.pack("<i", place.foreground))
+            body.do(NR.ioctl, fd, termios.TIOCSPGRP, group)
+        body.do(NR.close, fd)
+
+    def make_zombies(self, zombies: list[Zombie]) -> None:
+        """End the processes that were zombies, each with the status it had."""
+        for zombie in zombies:
+            body = self.bodies.pop(zombie.place.pid)
+            name = body.put(zombie.comm[:15] + b"\0")
+            body.do(NR.prctl, 15, name, 0, 0, 0)
+            _die(body, zombie.status)
+
+    def set_last_pid(self, last_pid: int, proc_fd: int) -> None:
+        """New processes get numbers above `last_pid` again. `proc_fd`: a /proc in the first process's descriptors
+        that isn't mounted read-only; which pid namespace is meant is told by who writes."""
+        body = self.bodies[1]
+        path = body.put(b"sys/kernel/ns_last_pid\0")
+        fd = body.do(NR.openat, proc_fd, path, os.O_WRONLY | os.O_CLOEXEC, 0)
+        text = str(last_pid).encode()
+        body.do(NR.write, fd, body.put(text), len(text))
+        body.do(NR.close, fd)
+
+
+def _die(body: Body, status: int) -> None:
+    """Let a task end with a wait status: by exit, or by a signal at its default action (no core file)."""
+    ended_by = status & 0x7F
+    if not ended_by:
+        try:
+            body.remote.call(NR.exit_group, status >> 8)
+        except TaskLost:
+            return
+        raise RestoreFailed(f"task {body.tid} did not end")
+    body.do(NR.prctl, 4, 0, 0, 0, 0)  # PR_SET_DUMPABLE 0: leaves no core
+    ptrace.set_sigmask(body.tid, 0)
+    os.kill(body.tid, ended_by)
+    try:
+        ptrace.detach(body.tid)
+    except ProcessLookupError:  # SIGKILL doesn't wait for us, but its tracer has to take notice
+        ptrace.wait(body.tid)
+    deadline = time.monotonic() + DEATH_PATIENCE_S
+    while procfs.stat(body.tid).state != "Z":
+        if time.monotonic() > deadline:
+            raise RestoreFailed(f"task {body.tid} did not die of signal {ended_by}")
+        time.sleep(0.0002)

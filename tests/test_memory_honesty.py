@@ -1,0 +1,53 @@
+"""Memory honesty: programs that know every byte of their memory, and check it, before and after.
+
+Checkpoints fall at any instant of their work, under several allocators; in each new life they go on allocating.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from conftest import find_program
+from driver import Podtree
+from lives import start, verify
+
+ALLOCATORS: dict[str, tuple[str, ...]] = {
+    "glibc": (),
+    "glibc-tight": ("-e", "GLIBC_TUNABLES=glibc.malloc.trim_threshold=0:glibc.malloc.mmap_threshold=4096"),
+    "jemalloc": ("-e", "LD_PRELOAD=libjemalloc.so.2"),
+    "jemalloc-eager": (
+        "-e",
+        "LD_PRELOAD=libjemalloc.so.2",
+        "-e",
+        "MALLOC_CONF=dirty_decay_ms:0,muzzy_decay_ms:0,junk:false",
+    ),
+}
+
+
+def several_lives(podtree: Podtree, program: Path, case: str, options: tuple[str, ...]) -> None:
+    """Two checkpoints of the busy program, a branch of each, one of a branch's own; all check every byte."""
+    origin = start(podtree, program, case, name=case.replace("_", "-"), options=options)
+    first = origin.checkpoint()
+    second = origin.checkpoint()
+    one, two = podtree.branch(first, "one"), podtree.branch(second, "two")
+    third = podtree.branch(one.checkpoint(), "three")
+    verify(one, two, third, origin, seconds=170)
+
+
+@pytest.mark.needs("gcc")
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("seed", range(1, 5))
+def test_memory_calls(podtree: Podtree, compiled: Callable[[str], Path], seed: int) -> None:
+    several_lives(podtree, compiled("churn"), "calls", ("-e", f"SEED={seed}"))
+
+
+@pytest.mark.needs("gcc", "libjemalloc.so.2")
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("allocator", ALLOCATORS)
+@pytest.mark.parametrize("case", ["heap", "heap_processes"])
+def test_allocators(podtree: Podtree, compiled: Callable[[str], Path], allocator: str, case: str) -> None:
+    assert "jemalloc" not in allocator or find_program("libjemalloc.so.2")
+    several_lives(podtree, compiled("churn"), case, ALLOCATORS[allocator])

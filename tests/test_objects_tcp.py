@@ -1,0 +1,486 @@
+"""TCP over the loopback comes back as it was: no byte lost or doubled, every end where it was closed."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import mmap
+import os
+import random
+import select
+import socket
+import struct
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from podtree.kernel import sock as ksock
+from podtree.kernel.pidfd import pidfd_getfd, pidfd_open
+from podtree.objects import sockets as socket_objects
+from podtree.objects.tcp import TcpSocket
+from socketcell import Sockets, frozen, refused, restored, transplant
+
+V4, V6 = socket.AF_INET, socket.AF_INET6
+FAMILIES = [
+    pytest.param(V4, "127.0.0.1", V4, "127.0.0.1", id="v4"),
+    pytest.param(V6, "::1", V6, "::1", id="v6"),
+    pytest.param(V6, "::", V4, "127.0.0.1", id="v4-to-any-v6"),
+    pytest.param(V6, "::ffff:127.0.0.5", V4, "127.0.0.5", id="mapped"),
+    pytest.param(V6, "::", V6, "::ffff:127.3.2.1", id="mapped-both"),
+    pytest.param(V4, "0.0.0.0", V4, "127.9.9.9", id="any"),
+]
+
+
+def tcp(family: int = V4) -> socket.socket:
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock.settimeout(5)
+    return sock
+
+
+def listening(family: int = V4, host: str = "127.0.0.1", port: int = 7000, backlog: int = 5) -> socket.socket:
+    sock = tcp(family)
+    sock.bind((host, port))
+    sock.listen(backlog)
+    return sock
+
+
+def connection(port: int = 7000) -> Sockets:
+    listener = listening(port=port)
+    client = tcp()
+    client.connect(("127.0.0.1", port))
+    server, _ = listener.accept()
+    server.settimeout(5)
+    listener.close()
+    return {"c": client, "s": server}
+
+
+def read_all(sock: socket.socket) -> bytes:
+    data = []
+    while chunk := sock.recv(1 << 20):
+        data.append(chunk)
+    return b"".join(data)
+
+
+def fill(sock: socket.socket, data: bytes) -> int:
+    """Send without waiting; returns how much the kernel took."""
+    sock.setblocking(False)
+    sent = 0
+    with contextlib.suppress(BlockingIOError):
+        while sent < len(data):
+            sent += sock.send(data[sent : sent + 65536])
+    sock.settimeout(5)
+    return sent
+
+
+@pytest.mark.parametrize("family,bound,client_family,to", FAMILIES)
+def test_listener_and_connection(family: int, bound: str, client_family: int, to: str) -> None:
+    def setup() -> Sockets:
+        listener = listening(family, bound, backlog=3)
+        client = tcp(client_family)
+        client.connect((to, 7000))
+        server, _ = listener.accept()
+        server.settimeout(5)
+        client.send(b"request")
+        server.send(b"response")
+        low = tcp(client_family)
+        low.bind((to, 901))
+        low.connect((to, 7000))
+        low_server, _ = listener.accept()
+        names = repr([(s.getsockname(), s.getpeername()) for s in (client, server, low, low_server)])
+        client.send(names.encode())
+        return {"l": listener, "c": client, "s": server, "low": low, "low s": low_server}
+
+    def check(made: Sockets) -> None:
+        names = repr([(s.getsockname(), s.getpeername()) for s in (made["c"], made["s"], made["low"], made["low s"])])
+        assert made["s"].recv(1000) == b"request" + names.encode()
+        assert made["c"].recv(100) == b"response"
+        assert ksock.tcp_info(made["l"])[2] == 3
+        fresh = tcp(client_family)
+        fresh.connect((to, 7000))
+        assert made["l"].accept()
+        made["low"].close()
+        assert made["low s"].recv(1) == b""
+
+    transplant(setup, check)
+
+
+def test_full_queues_both_ways() -> None:
+    data = random.Random(1).randbytes(12_000_000)
+
+    def setup() -> Sockets:
+        made = connection()
+        sent = [fill(made["c"], data), fill(made["s"], data)]
+        assert min(sent) > 1_000_000 and max(sent) < len(data)
+        assert ksock.unsent(made["c"].fileno())
+        Path("sent").write_text(json.dumps(sent))
+        return made
+
+    def check(made: Sockets) -> None:
+        sent = json.loads(Path("sent").read_text()) if os.path.exists("sent") else expected
+        got: dict[str, bytes] = {}
+        threads = [threading.Thread(target=lambda n=n: got.update({n: read_all(made[n])})) for n in made]
+        for sock in made.values():
+            sock.shutdown(socket.SHUT_WR)
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(15)
+        assert [len(got["s"]), len(got["c"])] == sent
+        assert got["s"] == data[: sent[0]] and got["c"] == data[: sent[1]]
+
+    with frozen(setup, check) as cell:
+        c, s = cell.named("c"), cell.named("s")
+        assert isinstance(c, TcpSocket) and isinstance(s, TcpSocket)
+        expected = [len(s.incoming), len(c.incoming)]
+        restored(cell, check)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_random_closing(seed: int) -> None:
+    """Random data, shutdowns and closes on both ends; then every byte and every end, exactly once."""
+    dice = random.Random(seed)
+    blob = random.Random(7).randbytes(200_000)
+    plans: list[tuple[dict[str, int], dict[str, str]]] = []
+    for _ in range(6):
+        ends = {end: dice.choice(["open", "shut", "open", "shut", "close"]) for end in dice.choice(["cs", "sc"])}
+        if set(ends.values()) == {"close"}:
+            ends["c"] = "open"
+        # Of an end that is closed, what it sent must have arrived: more than a receive queue is refused.
+        sizes = {end: dice.choice([0, 1, 3000, 30_000 if "close" in ends.values() else 200_000]) for end in "cs"}
+        plans.append((sizes, ends))
+    other = {"c": "s", "s": "c"}
+
+    def setup() -> Sockets:
+        made: Sockets = {}
+        for number, (sizes, ends) in enumerate(plans):
+            pair = connection(7000 + number)
+            for end, size in sizes.items():
+                assert fill(pair[end], blob[:size]) == size
+            for end, what in ends.items():
+                if what == "shut":
+                    pair[end].shutdown(socket.SHUT_WR)
+                elif what == "close":
+                    left = sizes[other[end]]
+                    while left:  # what has unread data would reset the connection
+                        left -= len(pair[end].recv(left))
+                    while ksock.unsent(pair[end].fileno()):
+                        select.select([], [], [], 0.01)
+                    pair.pop(end).close()
+            made |= {f"{number}{end}": sock for end, sock in pair.items()}
+        return made
+
+    def check(made: Sockets) -> None:
+        for name, sock in made.items():
+            if plans[int(name[0])][1][name[1]] == "shut":
+                with pytest.raises(BrokenPipeError):
+                    sock.send(b"x")
+            else:
+                sock.shutdown(socket.SHUT_WR)
+        for name, sock in made.items():
+            assert read_all(sock) == blob[: plans[int(name[0])][0][other[name[1]]]], name
+
+    with frozen(setup, check) as cell:
+        restored(cell, check)
+
+
+def test_both_closed_with_data_left() -> None:
+    def setup() -> Sockets:
+        made = connection()
+        for name, sock in made.items():
+            sock.send(name.encode() * 1000)
+            sock.shutdown(socket.SHUT_WR)
+        select.select([], [], [], 0.1)
+        return made
+
+    def check(made: Sockets) -> None:
+        with pytest.raises(OSError) as error:
+            made["c"].getpeername()
+        assert error.value.errno == errno.ENOTCONN
+        assert read_all(made["c"]) == b"s" * 1000 and read_all(made["s"]) == b"c" * 1000
+        listening().close()  # nobody holds the port but TIME_WAIT on the other's side
+
+    transplant(setup, check)
+
+
+def test_shut_for_reading() -> None:
+    def setup() -> Sockets:
+        made = connection()
+        made["c"].send(b"first")
+        made["s"].shutdown(socket.SHUT_RD)
+        return made
+
+    def check(made: Sockets) -> None:
+        assert made["s"].recv(10) == b"first" and made["s"].recv(10) == b""
+        made["s"].send(b"x")
+        assert made["c"].recv(1) == b"x"
+
+    transplant(setup, check)
+
+
+def test_not_accepted_yet() -> None:
+    def setup() -> Sockets:
+        listener = listening()
+        waiting, half, gone = tcp(), tcp(), tcp()
+        for client in (waiting, half, gone):
+            client.connect(("127.0.0.1", 7000))
+        half.shutdown(socket.SHUT_WR)
+        gone.close()
+        return {"l": listener, "w": waiting, "h": half}
+
+    def check(made: Sockets) -> None:
+        made["w"].send(b"late")
+        got = {}
+        for _ in range(3):
+            server, address = made["l"].accept()
+            server.settimeout(5)
+            if address == made["w"].getsockname():
+                assert server.recv(10) == b"late"
+            else:
+                assert server.recv(10) == b""
+            got[address] = server
+        server = got[made["h"].getsockname()]
+        server.send(b"answer")
+        assert made["h"].recv(10) == b"answer"
+
+    transplant(setup, check)
+
+
+def test_refuses_data_on_an_unaccepted_connection() -> None:
+    def setup() -> Sockets:
+        listener, client = listening(), tcp()
+        client.connect(("127.0.0.1", 7000))
+        client.send(b"early")
+        return {"l": listener, "c": client}
+
+    refused(setup, "not accepted yet", lambda made: made["l"].accept()[0].recv(5) == b"early" or pytest.fail("lost"))
+
+
+def test_refuses_data_left_by_a_closed_end() -> None:
+    def setup() -> Sockets:
+        made = connection()
+        assert fill(made["c"], bytes(20_000_000)) > 1_000_000
+        made.pop("c").close()
+        return made
+
+    refused(setup, "closed by the other end with data still under way")
+
+
+def test_refuses_a_pending_error() -> None:
+    def setup() -> Sockets:
+        made = connection()
+        made["c"].setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        made.pop("c").close()  # sends a reset
+        return made
+
+    def check(made: Sockets) -> None:
+        with pytest.raises(ConnectionResetError):
+            made["s"].recv(1)
+
+    refused(setup, "an error is pending", check)
+
+
+def test_reset_and_known() -> None:
+    def setup() -> Sockets:
+        made = connection()
+        made["c"].setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        made.pop("c").close()
+        with contextlib.suppress(ConnectionResetError):
+            made["s"].recv(1)
+        return made
+
+    def check(made: Sockets) -> None:
+        assert made["s"].recv(1) == b""
+        with pytest.raises(BrokenPipeError):
+            made["s"].send(b"x")
+
+    transplant(setup, check)
+
+
+def test_options() -> None:
+    tcp_level, sol, ip = socket.IPPROTO_TCP, socket.SOL_SOCKET, socket.IPPROTO_IP
+    options = [  # the last: IP_MTU_DISCOVER, IP_PMTUDISC_DO
+        (sol, socket.SO_KEEPALIVE, 1), (tcp_level, socket.TCP_KEEPIDLE, 77), (tcp_level, socket.TCP_KEEPINTVL, 11),
+        (tcp_level, socket.TCP_KEEPCNT, 3), (tcp_level, socket.TCP_NODELAY, 1), (sol, socket.SO_OOBINLINE, 1),
+        (tcp_level, socket.TCP_USER_TIMEOUT, 4321), (ip, socket.IP_TOS, 0x10), (ip, socket.IP_TTL, 9),
+        (sol, socket.SO_PRIORITY, 3), (sol, socket.SO_MARK, 42), (tcp_level, socket.TCP_CORK, 1),
+        (sol, socket.SO_RCVLOWAT, 5), (tcp_level, socket.TCP_LINGER2, 17), (ip, 10, 2),
+    ]  # fmt: skip
+
+    def setup() -> Sockets:
+        made = connection()
+        for level, number, value in options:
+            made["s"].setsockopt(level, number, value)
+        made["s"].setsockopt(tcp_level, socket.TCP_CONGESTION, b"reno")
+        made["c"].setsockopt(sol, socket.SO_SNDBUF, 50000)
+        made["l"] = tcp(V6)
+        made["l"].setsockopt(sol, socket.SO_REUSEADDR, 1)
+        made["l"].setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        made["l"].bind(("::", 7000))
+        made["l"].listen(9)
+        made["l"].setsockopt(tcp_level, socket.TCP_DEFER_ACCEPT, 7)
+        made["six"] = tcp(V6)
+        made["six"].connect(("::1", 7000))
+        made["six"].send(b"x")
+        made["six s"] = made["l"].accept()[0]
+        made["fresh"] = tcp()
+        made["bound"] = tcp()
+        made["bound"].bind(("127.0.0.1", 5555))
+        return made
+
+    def check(made: Sockets) -> None:
+        for level, number, value in options:
+            assert made["s"].getsockopt(level, number) == value, (level, number)
+        assert made["s"].getsockopt(tcp_level, socket.TCP_CONGESTION, 16).rstrip(b"\0") == b"reno"
+        assert made["c"].getsockopt(sol, socket.SO_SNDBUF) == 100000
+        for name in ("l", "six s"):
+            assert made[name].getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY) == 1
+            assert made[name].getsockopt(sol, socket.SO_REUSEADDR) == 1
+        for name in ("c", "s", "six", "fresh", "bound"):
+            assert made[name].getsockopt(sol, socket.SO_REUSEADDR) == 0, name
+        assert made["l"].getsockopt(tcp_level, socket.TCP_DEFER_ACCEPT) == defer
+        assert made["fresh"].getsockname() == ("0.0.0.0", 0) and made["bound"].getsockname()[1] == 5555
+
+    defer = 7
+    transplant(setup, check)
+
+
+def test_reuseport_group() -> None:
+    def setup() -> Sockets:
+        made: Sockets = {}
+        for number in range(4):
+            made[str(number)] = sock = tcp()
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            sock.bind(("0.0.0.0", 7000))
+            sock.listen()
+        return made
+
+    def check(made: Sockets) -> None:
+        for _ in range(50):
+            tcp().connect(("127.0.0.1", 7000))
+        counts = [ksock.tcp_info(sock)[1] for sock in made.values()]
+        assert sum(counts) == 50 and min(counts) > 0
+
+    transplant(setup, check)
+
+
+def test_connected_to_itself() -> None:
+    def setup() -> Sockets:
+        sock = tcp()
+        sock.bind(("127.0.0.1", 5000))
+        sock.connect(("127.0.0.1", 5000))
+        sock.send(b"echo")
+        return {"a": sock}
+
+    def check(made: Sockets) -> None:
+        made["a"].send(b"more")
+        made["a"].shutdown(socket.SHUT_WR)
+        assert read_all(made["a"]) == b"echomore"
+
+    transplant(setup, check)
+
+
+class Ledger:
+    """How far each end of each connection is, in memory shared with the test: bytes written and read.
+
+    `busy` is odd while a call and its entry don't fit together: then the entry is only a lower bound.
+    """
+
+    def __init__(self, names: list[str]) -> None:
+        self.memory = mmap.mmap(-1, 4096)
+        self.at = {name: number * 32 for number, name in enumerate(names)}
+
+    def get(self, name: str) -> tuple[int, int, int, int]:
+        return struct.unpack_from("4q", self.memory, self.at[name])
+
+    def note(self, name: str, slot: int, value: int) -> None:
+        struct.pack_into("q", self.memory, self.at[name] + slot * 8, value)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_frozen_under_traffic(seed: int) -> None:
+    """Both ends send numbered words as fast as they can; whenever they are stopped, the streams fit together."""
+    ends = [f"{end}{number}" for number in range(3) for end in "cs"]
+    ledger = Ledger(ends)
+
+    def setup() -> Sockets:
+        made: Sockets = {}
+        for number in range(3):
+            made |= {f"{end}{number}": sock for end, sock in connection(7000 + number).items()}
+        return made
+
+    def traffic(made: Sockets) -> None:
+        dice = random.Random(seed)
+        names = {sock: name for name, sock in made.items()}
+        position = {(name, slot): 0 for name in ends for slot in (0, 2)}
+        for sock in made.values():
+            sock.setblocking(False)
+
+        def move(name: str, slot: int, call: Callable[[], int]) -> None:
+            ledger.note(name, slot + 1, 1)
+            with contextlib.suppress(BlockingIOError):
+                position[name, slot] += call()
+            ledger.note(name, slot, position[name, slot])
+            ledger.note(name, slot + 1, 0)
+
+        while True:
+            readable, writable, _ = select.select(list(names), list(names), [])
+            for sock in writable:
+                if dice.random() < 0.7:
+                    first, size = position[names[sock], 0], dice.choice([1, 7, 4000, 40_000])
+                    move(names[sock], 0, lambda s=sock, f=first, n=size: s.send(counted(f, n)))
+            for sock in readable:
+                if dice.random() < 0.5:
+                    size = dice.choice([1, 4000, 100_000])
+                    move(names[sock], 2, lambda s=sock, n=size: len(s.recv(n)))
+
+    def counted(first: int, size: int) -> bytes:
+        """Bytes `first` and on of the stream 0, 1, 2, ... of 32-bit words."""
+        words = range(first // 4, (first + size) // 4 + 1)
+        return struct.pack(f"<{len(words)}I", *words)[first % 4 :][:size]
+
+    def check(made: Sockets) -> None:
+        for sock in made.values():
+            sock.shutdown(socket.SHUT_WR)
+        for name, sock in made.items():
+            other = ("s" if name[0] == "c" else "c") + name[1]
+            _, _, read, reading = ledger.get(name)
+            written, writing, _, _ = ledger.get(other)
+            data = read_all(sock)
+            if not reading and not writing:
+                assert len(data) == written - read
+            starts = range(read, read + 100_001) if reading else [read]
+            assert any(data == counted(start, len(data)) for start in starts if start + len(data) >= written), name
+
+    with frozen(setup, traffic=traffic, delay_s=0.03 + 0.02 * seed) as cell:
+        restored(cell, check)
+        queued = sum(len(state.incoming) for state in cell.states.values() if isinstance(state, TcpSocket))
+        assert queued
+
+
+def test_recovery_after_a_killed_checkpointer() -> None:
+    def setup() -> Sockets:
+        made = connection()
+        made["c"].send(b"data")
+        made["d"], made["e"] = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        made["e"].send(b"one")
+        return made
+
+    def check(made: Sockets) -> None:
+        assert not ksock.in_repair(made["s"])
+        assert made["d"].getsockopt(socket.SOL_SOCKET, ksock.SO_PEEK_OFF) == -1
+        assert made["s"].recv(10) == b"data"
+        made["s"].close()
+        assert made["c"].recv(1) == b""
+
+    with frozen(setup, check) as cell:
+        pidfd = pidfd_open(cell.pid)
+        left = (("s", socket.IPPROTO_TCP, ksock.TCP_REPAIR, 1), ("d", socket.SOL_SOCKET, ksock.SO_PEEK_OFF, 3))
+        for name, level, number, value in left:
+            with socket.socket(fileno=pidfd_getfd(pidfd, cell.names[name])) as sock:
+                sock.setsockopt(level, number, value)
+        os.close(pidfd)
+        socket_objects.recover([cell.pid])
+
