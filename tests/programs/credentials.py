@@ -12,7 +12,7 @@ import threading
 import time
 from pathlib import Path
 
-from inpod import bad, case, child, equal, frozen, main, reap, status_field, true, wait_go
+from inpod import DIR, bad, case, child, equal, frozen, main, reap, status_field, true, wait_go
 
 libc = ctypes.CDLL(None, use_errno=True)
 PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS, PR_CAP_AMBIENT, PR_CAPBSET_DROP, PR_SET_KEEPCAPS = 22, 38, 47, 24, 8
@@ -270,13 +270,13 @@ def directories() -> None:
     Path("jail/inner/file").write_text("in the jail")
 
     def body() -> None:
-        go_file = os.open(".", os.O_PATH | os.O_DIRECTORY)
+        above = os.open(DIR, os.O_PATH | os.O_DIRECTORY)  # the go-file itself: a link to it would end in the jail
         os.umask(0o137)
         os.chroot("jail")
         os.chdir("/inner/deep")
         while True:
             try:
-                os.stat("go", dir_fd=go_file)
+                os.stat("go", dir_fd=above)
                 break
             except FileNotFoundError:
                 time.sleep(0.02)
