@@ -173,11 +173,16 @@ def test_netlink() -> None:
         route = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0)
         route.bind((4711, 0x11))  # RTMGRP_LINK, RTMGRP_IPV4_IFADDR
         route.setsockopt(270, 11, 1)  # NETLINK_EXT_ACK
-        return {"route": route, "fresh": socket.socket(socket.AF_NETLINK, socket.SOCK_DGRAM, 16)}
+        return {
+            "route": route,
+            "fresh": socket.socket(socket.AF_NETLINK, socket.SOCK_DGRAM, 16),
+            "audit": socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 9),  # dbus-daemon and sshd have one
+        }
 
     def check(made: Sockets) -> None:
         assert made["route"].getsockname() == (4711, 0x11) and made["route"].getsockopt(270, 11) == 1
         assert made["fresh"].getsockname()[0] == 0
+        assert (made["audit"].getsockname()[0], made["audit"].proto) == (0, 9)
         request = struct.pack("=IHHIIB3x", 20, 18, 0x301, 1, 0, 0)  # RTM_GETLINK, dump
         made["route"].send(request)
         assert b"lo\0" in made["route"].recv(65536)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from driver import SLOW, SYSTEM_PYTHON, Podtree, until
+from driver import SLOW, SYSTEM_PYTHON, Pod, Podtree, until
 from pod_fixtures import piped, start, status, wait_gone
 from podtree.pod.spec import HOST_ENVIRONMENT
 
@@ -188,6 +188,26 @@ def test_cpu_limit(podtree: Podtree) -> None:
     program = "import time; t = time.monotonic()\nwhile time.monotonic() < t + 2: pass\nprint(time.process_time())"
     used = float(podtree("run", "--rm", "--cpus", "0.25", "--", SYSTEM_PYTHON, "-c", program).out)
     assert used < 1.2
+
+
+def cpu_quotas(pod: Pod) -> list[int]:
+    """What the pod's groups allow, in microseconds of each 100,000."""
+    groups = Path("/sys/fs/cgroup").rglob(str(pod.info()["id"]))
+    files = [group / name for group in groups for name in ("cpu.max", "cpu.cfs_quota_us")]
+    return [int(file.read_text().split()[0]) for file in files if file.exists()]
+
+
+def test_cpu_limit_stays_out_of_the_engines_way(podtree: Podtree) -> None:
+    """Tasks with next to no CPU time are saved and restored as others are, and have the limit afterwards."""
+    pod = podtree.run("sh", "-c", "for i in 1 2 3 4; do (while :; do :; done) & done; wait", options=["--cpus", "0.02"])
+    assert cpu_quotas(pod) == [2000]
+    first = pod.checkpoint()
+    assert cpu_quotas(pod) == [2000]
+    branch = podtree.branch(first)
+    assert cpu_quotas(branch) == [2000]
+    podtree("check", branch.name)
+    podtree("rewind", pod.name, first)
+    assert cpu_quotas(pod) == cpu_quotas(branch) == [2000]
 
 
 def test_stop_asks_first(podtree: Podtree) -> None:

@@ -97,9 +97,20 @@ class Checkpointer:
     # --- the verbs
 
     def check(self) -> list[Problem]:
-        """What would keep a checkpoint from working now. Stops the pod for a moment, writes nothing."""
+        """What would keep a checkpoint from working now. Stops the pod for a moment, writes nothing.
+
+        What passes by itself is given the same time to pass as by `checkpoint`.
+        """
+        for pause in RETRY_PAUSES_S:
+            problems = self._check()
+            if not problems or not _passes(problems):
+                return problems
+            time.sleep(pause)
+        return self._check()
+
+    def _check(self) -> list[Problem]:
         try:
-            frozen = freeze(self.live.pids, self._restarts)
+            frozen = self._freeze()
         except Refused as refused:
             return refused.problems
         try:
@@ -108,7 +119,7 @@ class Checkpointer:
                 self._collect(frozen, context, table, track=False)
             return context.problems
         finally:
-            frozen.release()
+            self._release(frozen)
 
     def checkpoint(
         self,
@@ -135,7 +146,7 @@ class Checkpointer:
             try:
                 return self._checkpoint(draft, stop, message, begun, commit, settle)
             except Refused as refused:  # nothing was copied yet: tracking is as it was
-                if pause is None or any(p.hint != socketcommon.RETRY for p in refused.problems):
+                if pause is None or not _passes(refused.problems):
                     raise
                 time.sleep(pause)
             except BaseException:
@@ -147,7 +158,7 @@ class Checkpointer:
         self, draft: Draft, stop: bool, message: str, begun: float, commit: bool, settle: Callable[[], None]
     ) -> dict[str, Any]:
         stopped_at = time.monotonic()
-        frozen = freeze(self.live.pids, self._restarts)
+        frozen = self._freeze()
         try:
             context = self._context(frozen)
             with self._table(context) as table:
@@ -159,7 +170,7 @@ class Checkpointer:
                 settle()
                 draft.snapshot_volume()
             if not stop:
-                frozen.release()
+                self._release(frozen)
             pause = time.monotonic() - stopped_at
             written = self._precopied + self._write(manifest, copied, table)
             draft.snapshot_image()
@@ -178,7 +189,26 @@ class Checkpointer:
                 os.kill(self.live.init_pid, signal.SIGKILL)
             return summary
         finally:
-            frozen.release()
+            self._release(frozen)
+
+    def _freeze(self) -> Frozen:
+        """Stop the pod, with what limits its CPU time out of the way: its tasks run the scripts, and one that
+        has used up its share stops and works only when it gets the next."""
+        self._limit_cpus(None)
+        try:
+            return freeze(self.live.pids, self._restarts)
+        except BaseException:
+            self._limit_cpus(self.live.spec.cpus)
+            raise
+
+    def _release(self, frozen: Frozen) -> None:
+        """Let the pod go on."""
+        frozen.release()
+        self._limit_cpus(self.live.spec.cpus)
+
+    def _limit_cpus(self, cpus: float | None) -> None:
+        if self.live.spec.cpus is not None:
+            self.live.cgroup.limit_cpus(cpus)
 
     def recover(self) -> None:
         """Put right what a supervisor that was killed may have left in the pod's tasks and objects.
@@ -192,11 +222,11 @@ class Checkpointer:
         finally:
             live.cgroup.let_go()
         descriptors.recover(live.img_dir, live.root_fd, live.pids(), _consoles(live).values())
-        frozen = freeze(self.live.pids, self._restarts)
+        frozen = self._freeze()
         try:
             collect.close_leftovers(frozen)
         finally:
-            frozen.release()
+            self._release(frozen)
 
     def close(self) -> None:
         """Stop tracking; the pod goes on."""
@@ -319,7 +349,7 @@ class Checkpointer:
         """Save big address spaces that aren't tracked yet while the pod runs; the stop then finds little left."""
         if self._untracked_bytes() < PRECOPY_BYTES:
             return
-        frozen = freeze(self.live.pids, self._restarts)
+        frozen = self._freeze()
         try:
             context = self._context(frozen, dry_run=True)
             views = collect.look(frozen, context)
@@ -328,7 +358,7 @@ class Checkpointer:
             armed = [(v, t) for v, t in armed if not t.complete]
             hosts = {v.process.pid: v.process.host_pid for v in views}
         finally:
-            frozen.release()
+            self._release(frozen)
         for _ in range(PRECOPY_ROUNDS):
             copied = sum(self._precopy_one(hosts[v.process.pid], v, t) for v, t in armed if t.uffd >= 0)
             if copied < PRECOPY_BYTES:
@@ -427,6 +457,11 @@ class Checkpointer:
             self._shrink()
             os.close(mem_fd)
             os.close(image_fd)
+
+
+def _passes(problems: list[Problem]) -> bool:
+    """Whether all of them are states of an instant, gone when it is looked at again."""
+    return all(problem.hint == socketcommon.RETRY for problem in problems)
 
 
 def _consoles(live: LivePod) -> dict[int, int]:

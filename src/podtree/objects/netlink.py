@@ -16,7 +16,20 @@ from podtree.objects.sockopts import SOL_NETLINK
 NETLINK_ADD_MEMBERSHIP = 1
 NETLINK_LIST_MEMBERSHIPS = 9
 MAX_GROUPS = 1024
-PROTOCOLS = {0: "NETLINK_ROUTE", 4: "NETLINK_SOCK_DIAG", 15: "NETLINK_KOBJECT_UEVENT", 16: "NETLINK_GENERIC"}
+# Those where the kernel binds nothing to a socket but its groups. Not so: NETLINK_NETFILTER (queues and logs),
+# NETLINK_CONNECTOR (a filter of events). Of NETLINK_AUDIT's daemon it does, but none can run in a pod.
+PROTOCOLS = {
+    0: "NETLINK_ROUTE",
+    2: "NETLINK_USERSOCK",
+    4: "NETLINK_SOCK_DIAG",
+    6: "NETLINK_XFRM",
+    7: "NETLINK_SELINUX",
+    9: "NETLINK_AUDIT",
+    10: "NETLINK_FIB_LOOKUP",
+    15: "NETLINK_KOBJECT_UEVENT",
+    16: "NETLINK_GENERIC",
+    21: "NETLINK_CRYPTO",
+}
 
 
 class NetlinkSocket(SocketBase, frozen=True, kw_only=True, tag="netlink"):

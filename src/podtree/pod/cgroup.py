@@ -19,6 +19,7 @@ from podtree.pod.spec import PodSpec
 
 PARENT = "podtree"
 _CPU_PERIOD_US = 100_000
+_LEAST_QUOTA_US = 1000  # the kernel's own bound: min_cfs_quota_period, kernel/sched/core.c
 
 # Other container tools' list: any node may be made, only these opened. Null, zero, full, random, urandom,
 # tty, console, ptmx, and the pty slaves.
@@ -62,6 +63,16 @@ class Cgroup(msgspec.Struct, frozen=True):
     def _set_freezer(self, version_2: str, version_1: str) -> None:
         for path in self.dirs:
             for file, word in (("cgroup.freeze", version_2), ("freezer.state", version_1)):
+                with contextlib.suppress(FileNotFoundError):
+                    _write(Path(path) / file, word)
+
+    def limit_cpus(self, cpus: float | None) -> None:
+        """Set the limit on CPU time of a pod that has one, in CPUs; None lifts it."""
+        quota = None if cpus is None else max(_LEAST_QUOTA_US, int(cpus * _CPU_PERIOD_US))
+        version_2 = f"{'max' if quota is None else quota} {_CPU_PERIOD_US}"
+        version_1 = str(-1 if quota is None else quota)
+        for path in self.dirs:
+            for file, word in (("cpu.max", version_2), ("cpu.cfs_quota_us", version_1)):
                 with contextlib.suppress(FileNotFoundError):
                     _write(Path(path) / file, word)
 
@@ -128,7 +139,7 @@ def _create_v1(hierarchies: dict[str, Path], pod_id: str, spec: PodSpec) -> Cgro
             _write(path / "memory.limit_in_bytes", str(spec.memory))
         elif controller == "cpu" and spec.cpus is not None:
             _write(path / "cpu.cfs_period_us", str(_CPU_PERIOD_US))
-            _write(path / "cpu.cfs_quota_us", str(max(1000, int(spec.cpus * _CPU_PERIOD_US))))
+            Cgroup((str(path),)).limit_cpus(spec.cpus)
         elif controller == "pids" and spec.pids is not None:
             _write(path / "pids.max", str(spec.pids))
     return Cgroup(tuple(dirs))
@@ -138,7 +149,7 @@ def _create_v2(root: Path, pod_id: str, spec: PodSpec) -> Cgroup:
     """Below the root: a group with processes of its own can't hand controllers down (cgroups(7))."""
     parent, path = root / PARENT, root / PARENT / pod_id
     path.mkdir(parents=True, exist_ok=True)
-    quota = None if spec.cpus is None else f"{int(spec.cpus * _CPU_PERIOD_US)} {_CPU_PERIOD_US}"
+    quota = None if spec.cpus is None else f"{max(_LEAST_QUOTA_US, int(spec.cpus * _CPU_PERIOD_US))} {_CPU_PERIOD_US}"
     limits = {
         "memory": ("memory.max", None if spec.memory is None else str(spec.memory)),
         "cpu": ("cpu.max", quota),

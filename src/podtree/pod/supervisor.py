@@ -96,8 +96,13 @@ class Supervisor:
                             "ready_ms": round(ready_ms, 3)}})  # fmt: skip
 
     def new_cgroup(self) -> Cgroup:
-        """The pod's groups, known to the keeper before anything is in them."""
+        """The pod's groups, known to the keeper before anything is in them.
+
+        The limit on CPU time begins when the pod does (`install`): it isn't there for what builds the pod.
+        """
         group = cgroup.create(self.record.id, self.spec)
+        if self.spec.cpus is not None:
+            group.limit_cpus(None)
         self._tell_keeper({"state": {"cgroup": list(group.dirs)}})
         return group
 
@@ -117,6 +122,8 @@ class Supervisor:
     def install(self, live: LivePod) -> None:
         """Take charge of a pod that has just begun to run: launched, restored, or a predecessor's."""
         self.live = live
+        if self.spec.cpus is not None:
+            live.cgroup.limit_cpus(self.spec.cpus)
         holds = {"root": live.root_fd}
         for name, ends in live.stdio.items():
             holds.update(_holds(name, ends))
