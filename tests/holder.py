@@ -296,7 +296,7 @@ def normal(saved: Saved) -> list[Any]:
     for fd in sorted((fd for fds in saved.fds.values() for fd in fds), key=lambda fd: fd.fd):
         file = by_id[fd.file]
         state = msgspec.to_builtins(file.what)
-        for name in ("key", "remaining", "watches", "name", "expires"):
+        for name in ("key", "remaining", "read_ns", "watches", "name", "expires"):
             state.pop(name, None)
         owner = msgspec.to_builtins(file.owner)
         if owner:

@@ -27,7 +27,6 @@ REFUSED = {  # (program, case): the object and the reason that are named
 }
 KNOWN = {  # product gaps: a test that begins to pass fails, so that its line here goes
     ("sockets", "empty_datagrams"): "the second checkpoint of an empty datagram doesn't see it: SO_PEEK_OFF skips it",
-    ("processes", "leaderless"): "an orphan of an ended session goes to init, not to its subreaper, in a branch",
 }
 PY_CASES = [(program, case) for program in PYTHON for case in cases_of(f"{program}.py")]
 C_CASES = [(program, case) for program in COMPILED for case in cases_of(f"{program}.c")]

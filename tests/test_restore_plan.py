@@ -22,6 +22,18 @@ class Kernel:
         self.parent: dict[int, int] = {}
         self.sid: dict[int, int] = {}
         self.pgid: dict[int, int] = {}
+        self.subreapers: set[int] = set()
+
+    def above(self, pid: int) -> list[int]:
+        """The ancestors of a process inside of the pod, the nearest first."""
+        found = []
+        while pid := self.parent[pid]:
+            found.append(pid)
+        return found
+
+    def reaper(self, pid: int) -> int:
+        """Who adopts the children of a process that ends."""
+        return next((one for one in self.above(pid) if one in self.subreapers), 1)
 
     def used(self) -> set[int]:
         return set(self.parent) | set(self.sid.values()) | set(self.pgid.values())
@@ -41,12 +53,14 @@ class Kernel:
                     members = [p for p, g in self.pgid.items() if g == group]
                     assert any(self.sid[p] == self.sid[pid] for p in members), "no such group in the session"
                 self.pgid[pid] = group
-            case EndHelper(pid, parent):
+            case EndHelper(pid, parent, reaper):
                 assert self.parent[pid] == parent
+                assert reaper in (1, *self.above(pid)), "who adopts is above"
+                self.subreapers.discard(pid)
                 del self.parent[pid], self.sid[pid], self.pgid[pid]
                 for child, its in self.parent.items():
                     if its == pid:
-                        self.parent[child] = 1
+                        self.parent[child] = reaper
 
 
 def grow(places: list[Place]) -> None:
@@ -87,6 +101,14 @@ def test_group_whose_leader_lives_in_another_group() -> None:
     grow([place(1, 0, 1), place(2, 1, 1, 3), place(3, 1, 1, 2)])
 
 
+def test_orphan_of_a_subreaper_in_an_ended_session() -> None:
+    grow([place(1, 0, 1), place(2, 1, 1), place(5, 2, 4)])
+
+
+def test_orphans_of_one_ended_session_with_different_reapers() -> None:
+    grow([place(1, 0, 1), place(2, 1, 1), place(3, 2, 1), place(5, 2, 4), place(6, 3, 4), place(7, 1, 4)])
+
+
 def test_process_from_outside() -> None:
     grow([place(1, 0, 1), place(9, 0, 9), place(10, 9, 9)])
 
@@ -120,7 +142,7 @@ def histories(draw: st.DrawFn) -> list[Place]:
     following = 2
     for _ in range(draw(st.integers(0, 30))):
         pid = draw(st.sampled_from(sorted(kernel.parent)))
-        action = draw(st.sampled_from(["fork", "fork", "fork", "setsid", "group", "exit"]))
+        action = draw(st.sampled_from(["fork", "fork", "fork", "setsid", "group", "exit", "subreaper"]))
         if action == "fork":
             kernel.run(Spawn(pid, following, 17))
             following += 1
@@ -132,7 +154,9 @@ def histories(draw: st.DrawFn) -> list[Place]:
             if group != pid or pid not in kernel.pgid.values():
                 kernel.run(JoinGroup(pid, group))
         elif action == "exit" and pid != 1:
-            kernel.run(EndHelper(pid, kernel.parent[pid]))
+            kernel.run(EndHelper(pid, kernel.parent[pid], kernel.reaper(pid)))
+        elif action == "subreaper":
+            kernel.subreapers.add(pid)
     return [
         Place(pid=p, ppid=kernel.parent[p], pgid=kernel.pgid[p], sid=kernel.sid[p], exit_signal=17)
         for p in kernel.parent

@@ -82,8 +82,8 @@ class RestoreContext:
     image_dir_fd: int  # the image directory
     host_proc_fd: int  # O_PATH on a /proc that works: inside the builder /proc isn't mounted
     stdio_fds: tuple[int, ...] = ()  # pod-side ends of new stdio pipes, numbered as at collection; -1: none
-    frozen_at_ns: int | None = None  # our CLOCK_MONOTONIC at which the pod's goes on from where it stood
+    clock_offset_ns: int = 0  # the pod's CLOCK_MONOTONIC less ours
 
-    def late_ns(self) -> int:
-        """How much time has passed for the pod's clocks since its timers were read."""
-        return 0 if self.frozen_at_ns is None else max(0, time.monotonic_ns() - self.frozen_at_ns)
+    def late_ns(self, read_ns: int) -> int:
+        """Time that has passed for the pod since `read_ns` of its CLOCK_MONOTONIC, the restore's own included."""
+        return max(0, time.monotonic_ns() + self.clock_offset_ns - read_ns)

@@ -351,7 +351,7 @@ class _States:
             case "eventfd":
                 self._put(held, eventfd.collect(held))
             case "timerfd":
-                self._put(held, timerfd.collect(held))
+                self._put(held, timerfd.collect(held, self.ctx.clock_offset_ns))
             case "signalfd":
                 self._put(held, signalfd.collect(held))
             case "eventpoll":
@@ -460,7 +460,7 @@ def _make_all(
         for number, _, state in of(kind):
             yield number, module.restore(state)
     for number, _, state in of(timerfd.TimerFd):
-        yield number, timerfd.restore(state, ctx.late_ns())
+        yield number, timerfd.restore(state, ctx.late_ns(state.read_ns))
     for number, _, state in of(epoll.Epoll):
         yield number, epoll.restore(state)
     found, needs = tty.restore_ttys(of(tty.PtyMaster, tty.PtySlave, tty.HungUpTty), ctx)

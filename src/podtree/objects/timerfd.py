@@ -19,13 +19,17 @@ WALL_CLOCKS = (time.CLOCK_REALTIME, CLOCK_REALTIME_ALARM)
 
 
 class TimerFd(msgspec.Struct, frozen=True, tag="timerfd"):
-    """Times in nanoseconds. `remaining` 0: disarmed. `expires`: the instant, for absolute wall clock timers only."""
+    """Times in nanoseconds. `remaining`, of CLOCK_MONOTONIC's `read_ns` in the pod, is 0 for one that is disarmed.
+
+    `expires`: the instant, for absolute wall clock timers only.
+    """
 
     clock: int
     settime_flags: int
     ticks: int
     remaining: int
     interval: int
+    read_ns: int
     expires: int = 0
 
     @property
@@ -33,19 +37,23 @@ class TimerFd(msgspec.Struct, frozen=True, tag="timerfd"):
         return self.clock in WALL_CLOCKS and bool(self.settime_flags & TFD_TIMER_ABSTIME)
 
 
-def collect(held: Held) -> TimerFd:
-    """State of a timerfd; its own fdinfo is read again, after gettime has counted what expired."""
+def collect(held: Held, clock_offset_ns: int) -> TimerFd:
+    """State of a timerfd; its own fdinfo is read again, after gettime has counted what expired.
+
+    `clock_offset_ns`: the pod's CLOCK_MONOTONIC less ours.
+    """
     remaining, interval = timers_abi.timerfd_gettime(held.fd)
+    read_ns = time.monotonic_ns() + clock_offset_ns
     now = time.clock_gettime_ns(time.CLOCK_REALTIME)
     info = fdinfo.read_fdinfo("self", held.fd)
     clock, flags = int(info.one("clockid")), int(info.one("settime flags"), 8)
-    state = TimerFd(clock, flags, int(info.one("ticks")), remaining, interval)
+    state = TimerFd(clock, flags, int(info.one("ticks")), remaining, interval, read_ns)
     if remaining and state.keeps_instant:
         state = msgspec.structs.replace(state, expires=now + remaining)
     return state
 
 
-def restore(state: TimerFd, late: int = 0) -> int:
+def restore(state: TimerFd, late: int) -> int:
     """A new timerfd. The builder is outside of the pod's time namespace: absolute values are its own clock's.
 
     `late` ns have passed for the pod since the timer was read: they count as run down.

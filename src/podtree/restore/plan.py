@@ -2,7 +2,8 @@
 
 A process gets its session from the one that creates it, at that moment; only setsid(2) changes it. So a
 child in the session that its parent left must be born before the parent's setsid; an orphan in a foreign
-session must be born there, by a process that then ends, so that the orphan falls to its reaper.
+session must be born there, by a process that then ends, so that the orphan falls to its reaper: process 1, or the
+nearest subreaper above it (PR_SET_CHILD_SUBREAPER), which the wanted one is for that moment.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field
 from podtree.errors import RestoreFailed
 from podtree.objects.processes import Place
 
+INIT = 1
 FIRST_HELPER_PID = 30_000
 
 
@@ -42,10 +44,11 @@ class JoinGroup:
 
 @dataclass(frozen=True, slots=True)
 class EndHelper:
-    """The temporary process `pid` ends; `parent` waits for it."""
+    """The temporary process `pid` ends; `parent` waits for it, its children fall to `reaper`, which is above it."""
 
     pid: int
     parent: int
+    reaper: int = INIT
 
 
 Step = Spawn | NewSession | JoinGroup | EndHelper
@@ -128,16 +131,50 @@ class _Planner:
                 self.orphans.append(orphan)
                 continue
             postponed = 0
-            host = members[0] if members else orphan.ppid
-            helper = self.helper_pid() if members else session
-            self.spawn(host, helper, 0)
-            if not members:
-                self.new_session(helper)
-            same = [orphan] + [o for o in self.orphans if self.birth(o) == session and o.ppid == orphan.ppid]
+            same = [orphan] + [o for o in self.orphans if self.birth(o) == session]
+            if members:
+                same = [o for o in same if o.ppid == orphan.ppid]
+                host = next((m for m in members if self._is_above(orphan.ppid, m)), None)
+                if host is None:
+                    raise RestoreFailed(f"no way found to make process {orphan.pid} a child of {orphan.ppid}")
+                self._bear(host, self.helper_pid(), same)
+            else:
+                self._found(session, same)
             self.orphans = [o for o in self.orphans if o not in same]
-            for one in same:
-                self.create(one, helper)
-            self.steps.append(EndHelper(helper, host))
+
+    def _bear(self, host: int, helper: int, orphans: list[Place]) -> None:
+        """`host` makes a helper, that the orphans, which fall to their common reaper."""
+        self.spawn(host, helper, 0)
+        for one in orphans:
+            self.create(one, helper)
+        self.steps.append(EndHelper(helper, host, orphans[0].ppid))
+
+    def _found(self, session: int, orphans: list[Place]) -> None:
+        """A session of which only orphans are left: a helper leads it, below all their reapers."""
+        reapers = sorted({o.ppid for o in orphans}, key=self._depth)
+        lowest = reapers.pop()
+        self.spawn(lowest, session, 0)
+        self.new_session(session)
+        for reaper in reapers:
+            if not self._is_above(reaper, lowest):
+                raise RestoreFailed(f"session {session} has orphans of processes {reaper} and {lowest}")
+            self._bear(session, self.helper_pid(), [o for o in orphans if o.ppid == reaper])
+        for one in orphans:
+            if one.ppid == lowest:
+                self.create(one, session)
+        self.steps.append(EndHelper(session, lowest, lowest))
+
+    def _is_above(self, ancestor: int, pid: int) -> bool:
+        """Whether `pid` is `ancestor` or descends from it; process 1 takes in those from outside, too."""
+        while pid not in (ancestor, 0) and ancestor != INIT:
+            pid = self.places[pid].ppid
+        return pid == ancestor or ancestor == INIT
+
+    def _depth(self, pid: int) -> int:
+        depth = 0
+        while pid in self.places and depth <= len(self.places):
+            pid, depth = self.places[pid].ppid, depth + 1
+        return depth
 
     def groups(self) -> None:
         """Process groups: leaders first. A group without its leader needs somebody to found it and to stay in it
@@ -210,5 +247,5 @@ def describe(steps: Iterable[Step]) -> Iterator[str]:
                 yield f"{pid} becomes a session leader"
             case JoinGroup(pid, group):
                 yield f"{pid} joins process group {group}"
-            case EndHelper(pid, parent):
-                yield f"helper {pid} ends, {parent} reaps it"
+            case EndHelper(pid, parent, reaper):
+                yield f"helper {pid} ends, {parent} reaps it, {reaper} adopts its children"

@@ -20,6 +20,7 @@ from podtree.image.manifest import Manifest
 from podtree.kernel import procfs, ptrace
 from podtree.kernel.namespaces import Clone, clone_python, setns
 from podtree.kernel.pidfd import pidfd_getfd, pidfd_open
+from podtree.kernel.sys import NR, syscall
 from podtree.objects import sysvipc, tmpfs
 from podtree.objects.context import RestoreContext
 from podtree.objects.descriptors import Deferred, raise_descriptor_limit, restore_files
@@ -36,6 +37,7 @@ from podtree.restore.tree import Tree
 from podtree.script import vdso
 
 END_PATIENCE_S = 10.0
+CLOSE_RANGE_CLOEXEC = 4  # linux/close_range.h
 SLOT_BASE = 1000  # descriptors of the image lie above, out of the way of builder and stem
 
 
@@ -163,7 +165,7 @@ def _make_objects(
         image_dir_fd=image_fd,
         host_proc_fd=builder.host_proc_fd,
         stdio_fds=_make_stdio(builder, manifest),
-        frozen_at_ns=manifest.clock.monotonic_ns - clock.monotonic_ns,
+        clock_offset_ns=clock.monotonic_ns,
     )
     sysvipc.restore(manifest.ipc, context)
     for mount in manifest.tmpfs:
@@ -198,9 +200,7 @@ def _become_stem(slot_base: int, stem_fd: int) -> NoReturn:
         with contextlib.suppress(OSError, ValueError):
             signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
-    for fd in range(slot_base):  # all of them: what the exec needs is close-on-exec
-        with contextlib.suppress(OSError):
-            os.set_inheritable(fd, False)
+    syscall(NR.close_range, 0, slot_base - 1, CLOSE_RANGE_CLOEXEC)
     os.execve(stem_fd, ["podtree"], {})
 
 
@@ -243,6 +243,7 @@ def _grow(
     tree.grow(steps)
     _check_cpu(manifest, launched.init_pid)
     places = [p.place for p in manifest.processes]
+    tree.verify(places)
     tree.make_zombies(list(manifest.zombies))
     if manifest.last_pid:
         tree.set_last_pid(manifest.last_pid, made.proc_slot)

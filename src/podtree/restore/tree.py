@@ -14,7 +14,7 @@ from collections.abc import Callable
 from podtree.errors import RestoreFailed
 from podtree.kernel import procfs, ptrace
 from podtree.kernel.sys import NR
-from podtree.objects.processes import Place, Zombie
+from podtree.objects.processes import PR_SET_CHILD_SUBREAPER, Place, Zombie
 from podtree.restore.arena import Body
 from podtree.restore.plan import EndHelper, JoinGroup, NewSession, Spawn, Step
 from podtree.script.task import TaskLost
@@ -45,9 +45,23 @@ class Tree:
                     self.bodies[pid].do(NR.setsid)
                 case JoinGroup(pid, group):
                     self.bodies[pid].do(NR.setpgid, 0, group)
-                case EndHelper(pid, parent):
+                case EndHelper(pid, parent, reaper):
+                    self._make_subreaper(reaper, 1)
                     self._end(pid)
                     self.bodies[parent].do(NR.wait4, pid, 0, WALL, 0)
+                    self._make_subreaper(reaper, 0)
+
+    def verify(self, places: list[Place]) -> None:
+        """See that the kernel made of the plan what was wanted. Raises RestoreFailed."""
+        for place in places:
+            stat = procfs.stat(self.bodies[place.pid].tid)
+            parent = self.bodies[place.ppid].tid if place.ppid in self.bodies else stat.ppid
+            if stat.ppid != parent:
+                raise RestoreFailed(f"process {place.pid} did not become a child of {place.ppid}")
+
+    def _make_subreaper(self, pid: int, whether: int) -> None:
+        """Whether process `pid` adopts orphans below it; what it is to be in the end is set later (processes)."""
+        self.bodies[pid].do(NR.prctl, PR_SET_CHILD_SUBREAPER, whether, 0, 0, 0)
 
     def _end(self, pid: int) -> None:
         """Have a helper exit; its parent can wait for it afterwards."""
