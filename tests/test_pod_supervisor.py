@@ -82,9 +82,10 @@ def test_attached_client_survives(podtree: Podtree) -> None:
 def test_exec_survives(podtree: Podtree) -> None:
     """A process of `exec` runs on, and leaves no zombie behind it."""
     pod = podtree.run("sleep", "1000")
-    pid = podtree.json("exec", "-d", pod.name, "--", "sleep", "3")["pid"]
+    pid = podtree.json("exec", "-d", pod.name, "--", "sleep", "1000")["pid"]
     kill_supervisor(pod)
     assert status(pid)["Name"] == "sleep"
+    os.kill(pid, signal.SIGTERM)
     until(lambda: not Path(f"/proc/{pid}").exists(), "it has ended and was reaped")
     assert pod.running()
 

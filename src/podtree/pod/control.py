@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 import socket
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from podtree.errors import Conflict, PodtreeError, Problem
-from podtree.pod import keeper, wire
+from podtree.pod import keeper, nursery, wire
 from podtree.pod import spec as specs
 from podtree.pod.dirs import PodDirs
-from podtree.pod.keeper import CONTROL, Start
+from podtree.pod.keeper import CONTROL
+from podtree.pod.nursery import Start
 from podtree.pod.spec import PodSpec, StdioMode
 from podtree.pool.pool import Pool
 from podtree.pool.records import CheckpointRecord, PodRecord
 
-_MANY = 1 << 20  # above any descriptor: os.closerange uses close_range(2)
+_HELPERS = 3  # running pods whose keepers are asked to fork another
 
 
 def frame(message: dict[str, Any]) -> bytes:
@@ -105,19 +108,11 @@ def connect(pool: Pool, pod: PodRecord, patience_s: float = 2.0) -> Client:
     run = dirs_of(pool, pod.id).run
     deadline = time.monotonic() + patience_s
     while True:
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
-            place = os.open(run, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
-                sock.connect(f"/proc/self/fd/{place}/{CONTROL}")  # the path itself may be too long
-            finally:
-                os.close(place)
-            return Client(sock)
+            return Client(nursery.connect(run, CONTROL))
         except BlockingIOError:
-            sock.close()
             time.sleep(0.01)
         except OSError:
-            sock.close()
             if time.monotonic() > deadline or not pool.pod(pod.id).is_running:
                 raise Conflict(f"pod {pod.name} is not running", "podtree ps lists the states") from None
             time.sleep(0.01)
@@ -146,14 +141,7 @@ def start(
     """
     dirs = dirs_of(pool, pod.id)
     params = Start(home=str(dirs.home), pod_id=pod.id, restore=restore, attach=attach, size=size)
-    ours, theirs = socket.socketpair()
-    if spawn:
-        _spawn(params, theirs)
-    else:
-        pool.index.close()
-        _fork(params, dirs, theirs)
-    theirs.close()
-    client = Client(ours)
+    client = Client((restore and nursery.ask(params, _helpers(pool, pod))) or _start_afresh(pool, params, spawn))
     try:
         return client, client.reply()
     except BaseException:
@@ -161,7 +149,31 @@ def start(
         raise
 
 
-def _fork(params: Start, dirs: PodDirs, starter: socket.socket) -> None:
+def _helpers(pool: Pool, pod: PodRecord) -> Iterator[Path]:
+    """The run directories of running pods, that of the pod's origin first."""
+    origin = None
+    if pod.parent is not None:
+        with contextlib.suppress(PodtreeError):
+            origin = pool.checkpoint(pod.parent).pod
+            yield dirs_of(pool, origin).run
+    others = (record.id for record in pool.pods() if record.is_running and record.id not in (pod.id, origin))
+    for pod_id in itertools.islice(others, _HELPERS):
+        yield dirs_of(pool, pod_id).run
+
+
+def _start_afresh(pool: Pool, params: Start, spawn: bool) -> socket.socket:
+    """A keeper that isn't forked from another; returns the connection to it."""
+    ours, theirs = socket.socketpair()
+    if spawn:
+        _spawn(params, theirs)
+    else:
+        pool.index.close()
+        _fork(params, theirs)
+    theirs.close()
+    return ours
+
+
+def _fork(params: Start, starter: socket.socket) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     pid = os.fork()
@@ -172,16 +184,10 @@ def _fork(params: Start, dirs: PodDirs, starter: socket.socket) -> None:
         os.setsid()
         if os.fork():
             os._exit(0)
-        _close_all_but(starter.fileno())
-        keeper.keep(params, dirs, starter)
+        nursery.leave_all_but(starter.fileno())
+        keeper.keep(params, params.dirs(), starter)
     finally:
         os._exit(1)
-
-
-def _close_all_but(fd: int) -> None:
-    """What the command had open is not for its pod's supervisor: 0, 1, 2 are replaced later."""
-    os.closerange(3, fd)
-    os.closerange(fd + 1, _MANY)
 
 
 def _spawn(params: Start, starter: socket.socket) -> None:

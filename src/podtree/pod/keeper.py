@@ -20,22 +20,14 @@ import msgspec
 
 from podtree.kernel.pidfd import pidfd_open
 from podtree.kernel.prctl import Prctl, prctl, set_name
-from podtree.pod import wire
+from podtree.pod import nursery, wire
 from podtree.pod.cgroup import Cgroup
 from podtree.pod.dirs import PodDirs
+from podtree.pod.nursery import Start
 
 CONTROL = "ctl"
+_SETTLED_S = 1.0  # a pod that lives longer may be branched: its keeper gets ready to help
 _QUICK_DEATHS = 5  # in a row, each within a second of its birth: then it is tried less and less often
-
-
-class Start(msgspec.Struct, frozen=True, kw_only=True):
-    """What a supervisor has to do first."""
-
-    home: str
-    pod_id: str
-    restore: bool = False  # from the pod's image instead of starting its program
-    attach: bool = False  # the starter stays connected to the first process's stdio
-    size: tuple[int, int] | None = None  # of its terminal
 
 
 def write_exit(path: Path, status: int) -> None:
@@ -66,13 +58,18 @@ class Keeper:
         self._held: dict[str, int] = {}
         self._state: dict[str, Any] = {}
         self._done = False
-        self._listener = _listen(dirs.run)
+        _clear(dirs.run)
+        self._listener = nursery.listen(dirs.run, CONTROL)
+        self._births = nursery.listen(dirs.run, nursery.SOCKET)
+        self._warm = start.restore
         self._wake_r, wake_w = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._wake_w = wake_w
 
     def run(self) -> NoReturn:
         """Until the supervisor says that the pod's story is over."""
         prctl(Prctl.SET_CHILD_SUBREAPER, 1)
+        if self._warm:  # the supervisor is going to need it at once: load it for both
+            nursery.load_engine()
         quick = 0
         while True:
             begun = time.monotonic()
@@ -91,6 +88,7 @@ class Keeper:
         if pid == 0:
             try:
                 ours.close()
+                self._births.close()
                 for fd in (self._wake_r, self._wake_w):
                     os.close(fd)
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -124,16 +122,20 @@ class Keeper:
         signal.set_wakeup_fd(self._wake_w)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         poll = select.poll()
-        for fd in (channel.fileno(), self._wake_r, pidfd):
+        for fd in (channel.fileno(), self._wake_r, pidfd, self._births.fileno()):
             poll.register(fd, select.POLLIN)
         ended = False
         while not ended:
-            ready = {fd for fd, _ in poll.poll()}
+            ready = {fd for fd, _ in poll.poll(None if self._warm else _SETTLED_S * 1000)}
+            if not ready or self._births.fileno() in ready:
+                self._warm_up()
             if channel.fileno() in ready and not self._hear(channel):
                 poll.unregister(channel.fileno())
             if self._wake_r in ready:
                 with contextlib.suppress(BlockingIOError):
                     os.read(self._wake_r, 4096)
+            if self._births.fileno() in ready:
+                self._give_birth()
             self._reap(pid)
             ended = pidfd in ready
         while self._hear(channel):
@@ -142,6 +144,24 @@ class Keeper:
         self._reap(pid)
         os.close(pidfd)
         channel.close()
+
+    def _warm_up(self) -> None:
+        """Load the engine, once: for supervisors to come, of this pod or another."""
+        if not self._warm:
+            self._warm = True
+            nursery.load_engine()
+
+    def _give_birth(self) -> None:
+        """Fork the keeper of another pod for whoever asks (podtree.pod.nursery)."""
+        with contextlib.suppress(OSError):
+            sock, _ = self._births.accept()
+            if os.fork() == 0:
+                try:
+                    start, starter = nursery.be_born(sock)
+                    keep(start, start.dirs(), starter)
+                finally:
+                    os._exit(1)
+            sock.close()
 
     def _hear(self, channel: socket.socket) -> bool:
         """One message of the supervisor; False when there won't be another."""
@@ -204,20 +224,12 @@ def remove_run_dir(dirs: PodDirs) -> None:
     shutil.rmtree(dirs.run, ignore_errors=True)
 
 
-def _listen(run: Path) -> socket.socket:
-    """The control socket; its path is given through a descriptor, as it may be longer than 108 bytes."""
+def _clear(run: Path) -> None:
+    """An empty directory for the pod's sockets: what is in it is of a keeper that went down with its machine."""
     run.mkdir(mode=0o700, parents=True, exist_ok=True)
-    for entry in run.iterdir():  # of a supervisor that went down with its machine
+    for entry in run.iterdir():
         with contextlib.suppress(OSError):
             entry.unlink()
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-    place = os.open(run, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        listener.bind(f"/proc/self/fd/{place}/{CONTROL}")
-    finally:
-        os.close(place)
-    listener.listen(64)
-    return listener
 
 
 def keep(start: Start, dirs: PodDirs, starter: socket.socket) -> NoReturn:

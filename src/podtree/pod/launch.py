@@ -153,6 +153,9 @@ def launch(
     os.close(report_w)
     os.close(log)
     try:
+        with contextlib.suppress(ProcessLookupError, BrokenPipeError):  # the builder has failed: it says why
+            cgroup.add(pid)  # the kernel takes its time for this; the builder makes namespaces meanwhile
+            wire.send(ours, "joined")
         return _receive(ours, report_r, pid, cgroup)
     finally:
         ours.close()
@@ -214,6 +217,7 @@ def _builder_main(
         prctl(Prctl.SET_PDEATHSIG, signal.SIGKILL)  # not inherited by the first process: prctl(2)
         wire.isolate_child([channel.fileno(), builder.log_fd, builder.report_fd, *inherit])
         _make_world(builder, clock)
+        _enter_cgroup_namespace(channel)
         builder.make_stdio(INIT, builder.spec.stdio)
         _show_console(builder)
         go_r, go_w = os.pipe2(os.O_CLOEXEC)
@@ -238,16 +242,13 @@ def _builder_main(
 
 
 def _make_world(builder: Builder, clock: ClockOffsets) -> None:
-    """Cgroups, namespaces, mounts; the root becomes the pod's."""
+    """Namespaces and mounts; the root becomes the pod's."""
     spec, dirs = builder.spec, builder.dirs
     os.umask(0)
     wire.leave_keyring()
     builder.host_proc_fd = os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     containment.prepare_volume(spec, dirs)
-    builder.cgroup.add(0)
-    unshare(
-        Clone.NEWNS | Clone.NEWNET | Clone.NEWIPC | Clone.NEWUTS | Clone.NEWCGROUP | Clone.NEWTIME | Clone.NEWPID
-    )
+    unshare(Clone.NEWNS | Clone.NEWNET | Clone.NEWIPC | Clone.NEWUTS | Clone.NEWTIME | Clone.NEWPID)
     set_time_offsets(clock.monotonic_ns, clock.boottime_ns)
     mount.make_private()
     loopback_up()
@@ -259,6 +260,14 @@ def _make_world(builder: Builder, clock: ClockOffsets) -> None:
     os.close(root)
     socket.sethostname(spec.hostname)
     os.umask(0o022)
+
+
+def _enter_cgroup_namespace(channel: socket.socket) -> None:
+    """Its root is the group that this process is in: the pod's, once the supervisor has said so."""
+    message, _ = wire.receive(channel)
+    if message is None:
+        raise LaunchFailed("the supervisor is gone")
+    unshare(Clone.NEWCGROUP)
 
 
 def _allow_low_ports() -> None:

@@ -5,13 +5,11 @@ from __future__ import annotations
 import os
 import socket
 import sys
-from pathlib import Path
 
 import msgspec
 
 from podtree.pod import keeper
-from podtree.pod.dirs import PodDirs
-from podtree.pod.keeper import Start
+from podtree.pod.nursery import Start
 
 
 def main() -> None:
@@ -23,9 +21,7 @@ def main() -> None:
     starter = socket.socket(fileno=fd)
     starter.set_inheritable(False)
     params = msgspec.json.decode(data, type=Start)
-    home = Path(params.home)
-    dirs = PodDirs(home, home / "pool" / "pods" / params.pod_id, home / "run" / params.pod_id)
-    keeper.keep(params, dirs, starter)
+    keeper.keep(params, params.dirs(), starter)
 
 
 if __name__ == "__main__":

@@ -23,9 +23,9 @@ from podtree.pod import cgroup, engine, hop, keeper, seccomp, wire
 from podtree.pod.cgroup import Cgroup
 from podtree.pod.dirs import PodDirs
 from podtree.pod.enter import Entered, enter
-from podtree.pod.keeper import Start
 from podtree.pod.live import INIT, ClockOffsets, ExecSession, Launched, LivePod, StdioEnds
 from podtree.pod.loop import Connection, Loop
+from podtree.pod.nursery import Start
 from podtree.pod.program import launch_program
 from podtree.pod.spec import PodSpec, check
 from podtree.pod.stdio import Stdio
