@@ -105,18 +105,26 @@ def maps(pid: int) -> list[MapEntry]:
     return [e for e in map(_entry, read_text(f"/proc/{pid}/maps").split("\n")) if e]
 
 
+# One mapping of smaps. Its forty other lines are skipped within the expression: a pod waits while this is read.
+_SMAP = re.compile(
+    r"^([0-9a-f]+)-([0-9a-f]+) (....) ([0-9a-f]+) ([0-9a-f]+):([0-9a-f]+) (\d+) *(.*)\n"
+    r"(?:(?!ProtectionKey|VmFlags)[A-Z].*\n)*(?:ProtectionKey: *(\d+)\n)?VmFlags:(.*)$",
+    re.MULTILINE,
+)
+
+
 def smaps(pid: int) -> list[MapEntry]:
-    """The mappings of a process, ascending, with VmFlags."""
-    found: list[MapEntry] = []
-    for line in read_text(f"/proc/{pid}/smaps").split("\n"):
-        if line.startswith("VmFlags:"):
-            found[-1].flags = frozenset(line[8:].split())
-        elif line.startswith("ProtectionKey:"):
-            found[-1].protection_key = int(line[14:])
-        elif line and line[0] in "0123456789abcdef":
-            entry = _entry(line)
-            if entry:
-                found.append(entry)
+    """The mappings of a process, ascending, with VmFlags. ValueError if the kernel's format isn't understood."""
+    text = read_text(f"/proc/{pid}/smaps")
+    found = [
+        MapEntry(
+            int(start, 16), int(end, 16), perms, int(offset, 16), (int(major, 16), int(minor, 16)), int(inode), path,
+            frozenset(flags.split()), int(key or 0),
+        )
+        for start, end, perms, offset, major, minor, inode, path, key, flags in _SMAP.findall(text)
+    ]  # fmt: skip
+    if len(found) != text.count("\nVmFlags:"):  # a mapping that went unnoticed would be lost
+        raise ValueError(f"/proc/{pid}/smaps looks as on no kernel that is known")
     return found
 
 
