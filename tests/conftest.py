@@ -82,6 +82,20 @@ def podtree(session_podtree: Podtree) -> Iterator[Podtree]:
     session_podtree.remove_all()
 
 
+MEMORY_MODES = {  # how the memory of a branch comes in: before it runs, or (with time to spare) while it does
+    "filled": {"PODTREE_LAZY_BYTES": str(1 << 60)},
+    "filling": {"PODTREE_LAZY_BYTES": "1", "PODTREE_LAZY_PACE_MS": "3"},
+}
+
+
+@pytest.fixture(params=MEMORY_MODES)
+def memory_mode(request: pytest.FixtureRequest, podtree: Podtree, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Runs a test once in each mode."""
+    for name, value in MEMORY_MODES[request.param].items():
+        monkeypatch.setitem(podtree.env, name, value)
+    return str(request.param)
+
+
 @pytest.fixture(scope="session")
 def compiled() -> Callable[[str], Path]:
     """Compiles tests/programs/NAME.c with gcc when it has changed, and returns the program's path."""

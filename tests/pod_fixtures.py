@@ -34,7 +34,7 @@ def parent(pid: int) -> int:
 
 def status(pid: int) -> dict[str, str]:
     """/proc/PID/status."""
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    lines = Path(f"/proc/{pid}/status").read_text(errors="replace").splitlines()
     return {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
 
 

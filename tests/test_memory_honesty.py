@@ -1,6 +1,7 @@
 """Memory honesty: programs that know every byte of their memory, and check it, before and after.
 
-Checkpoints fall at any instant of their work, under several allocators; in each new life they go on allocating.
+Checkpoints fall at any instant of their work, under several allocators; in each new life they go on allocating,
+with their memory filled before, or while they work.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ def several_lives(podtree: Podtree, program: Path, case: str, options: tuple[str
 
 
 @pytest.mark.needs("gcc")
+@pytest.mark.usefixtures("memory_mode")
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("seed", range(1, 5))
 def test_memory_calls(podtree: Podtree, compiled: Callable[[str], Path], seed: int) -> None:
@@ -45,6 +47,7 @@ def test_memory_calls(podtree: Podtree, compiled: Callable[[str], Path], seed: i
 
 
 @pytest.mark.needs("gcc", "libjemalloc.so.2")
+@pytest.mark.usefixtures("memory_mode")
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("allocator", ALLOCATORS)
 @pytest.mark.parametrize("case", ["heap", "heap_processes"])

@@ -21,7 +21,7 @@ import msgspec
 
 from podtree import collect
 from podtree.collect import ProcessView
-from podtree.errors import Problem, Refused
+from podtree.errors import Problem, Refused, RestoreFailed
 from podtree.freeze import Frozen, Restarts, freeze
 from podtree.image import manifest as manifest_file
 from podtree.image import pages
@@ -35,6 +35,7 @@ from podtree.objects.context import CollectContext
 from podtree.objects.descriptors import FileTable
 from podtree.objects.memory import ScannedPages
 from podtree.pod.live import INIT, LivePod
+from podtree.restore import pager
 from podtree.script import vdso
 
 PRECOPY_BYTES = 32 << 20  # address spaces with more unsaved memory are copied before the pod is stopped
@@ -217,6 +218,9 @@ class Checkpointer:
         themselves, later); a userfaultfd that was just being made is closed.
         """
         live = self.live
+        if not pager.await_orphan(live.dirs.run):
+            os.kill(live.init_pid, signal.SIGKILL)
+            raise RestoreFailed("the process that brought in the pod's memory was killed: the pod can't go on")
         try:
             sockets.recover(live.pids())
         finally:
@@ -228,8 +232,33 @@ class Checkpointer:
         finally:
             self._release(frozen)
 
+    def settle_memory(self) -> None:
+        """Wait until all memory of a restored pod is there, and cut it loose from what brought it in.
+
+        Before that no checkpoint can be taken. Raises RestoreFailed when it can't come: the pod is ended then.
+        """
+        filling, self.live.filling = self.live.filling, None
+        if filling is None:
+            return
+        try:
+            filling.wait()
+            frozen = self._freeze()
+            try:
+                collect.close_leftovers(frozen)
+            finally:
+                self._release(frozen)
+        except BaseException:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.live.init_pid, signal.SIGKILL)
+            filling.abandon()
+            raise
+        filling.settled()
+
     def close(self) -> None:
-        """Stop tracking; the pod goes on."""
+        """Stop tracking; the pod goes on, or has ended."""
+        if self.live.filling is not None:
+            self.live.filling.abandon()
+            self.live.filling = None
         self._forget_tracking()
 
     # --- collecting

@@ -45,6 +45,7 @@ def prove(podtree: Podtree, name: str, command: list[str], env: dict[str, str]) 
 
 
 @pytest.mark.needs("go")
+@pytest.mark.usefixtures("memory_mode")
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("advice", ["madvdontneed=1", "madvdontneed=0"])
 def test_go(podtree: Podtree, advice: str) -> None:
@@ -63,6 +64,7 @@ def test_go(podtree: Podtree, advice: str) -> None:
 
 
 @pytest.mark.needs("java", "javac")
+@pytest.mark.usefixtures("memory_mode")
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("collector", ["-XX:+UseSerialGC", "-XX:+UseG1GC"])
 def test_jvm(podtree: Podtree, collector: str) -> None:

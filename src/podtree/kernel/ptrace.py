@@ -282,13 +282,32 @@ class Stop:
         return f"Stop(status={self.status:#x}, signal={self.signal}, event={self.event}, exited={self.exited})"
 
 
+_ended: dict[int, int] = {}  # wait statuses of tasks that ended while they were waited for here, the latest
+_MOST_ENDED = 4096
+
+
 def wait(tid: int) -> Stop:
     """Wait for the next stop (or the end) of one traced task."""
     _, status = os.waitpid(tid, WALL)
-    return Stop(status)
+    return _seen(tid, status)
 
 
 def poll(tid: int) -> Stop | None:
     """The next stop if there is one already."""
     pid, status = os.waitpid(tid, WALL | os.WNOHANG)
-    return Stop(status) if pid else None
+    return _seen(tid, status) if pid else None
+
+
+def _seen(tid: int, status: int) -> Stop:
+    stop = Stop(status)
+    if stop.exited:
+        _ended[tid] = status
+        if len(_ended) > _MOST_ENDED:
+            del _ended[next(iter(_ended))]
+    return stop
+
+
+def take_exit(pid: int) -> int | None:
+    """The wait status of a task that ended while `wait` or `poll` looked: a parent that also traces asks here,
+    since nobody else will be told."""
+    return _ended.pop(pid, None)

@@ -137,6 +137,7 @@ class NR(enum.IntEnum):
     timerfd_settime = 286
     timerfd_gettime = 287
     signalfd4 = 289
+    dup3 = 292
     preadv = 295
     rt_tgsigqueueinfo = 297
     prlimit64 = 302

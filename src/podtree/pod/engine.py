@@ -31,6 +31,7 @@ class _Lazy:
         if self._unrecovered:
             self._made.recover()
             self._unrecovered = False
+        self._made.settle_memory()
         return self._made
 
     def recover(self) -> None:
@@ -45,9 +46,18 @@ class _Lazy:
         except Exception:
             traceback.print_exc()
 
+    def settle(self) -> None:
+        """All memory of a restored pod has come in, or can't: the pod ends then."""
+        try:
+            self.get()
+        except Exception:
+            traceback.print_exc()
+
     def release(self) -> None:
         if self._made is not None:
             self._made.close()
+        elif self._live.filling is not None:
+            self._live.filling.abandon()
 
 
 def checkpointer(live: LivePod) -> _Lazy:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from podtree.pod.cgroup import Cgroup
 from podtree.pod.dirs import PodDirs
 from podtree.pod.spec import PodSpec, StdioMode
+
+if TYPE_CHECKING:
+    from podtree.restore.pager import Filling
 
 #: The name of the stdio of the pod's first process; those of `exec` are "exec-1" and so on.
 INIT = "init"
@@ -77,6 +80,7 @@ class LivePod:
     clock: ClockOffsets
     stdio: dict[str, StdioEnds]  # INIT and those of `sessions`
     sessions: dict[str, ExecSession] = field(default_factory=dict)  # by name; those still running
+    filling: Filling | None = None  # memory of a restored pod that is still coming in
 
     @property
     def vol_dir(self) -> Path:

@@ -18,6 +18,7 @@ from typing import Any
 import msgspec
 
 from podtree.errors import Conflict, PodtreeError, UsageError
+from podtree.kernel import ptrace
 from podtree.kernel.pidfd import has_ended, pidfd_open, pidfd_send_signal
 from podtree.pod import cgroup, engine, hop, keeper, seccomp, wire
 from podtree.pod.cgroup import Cgroup
@@ -140,7 +141,20 @@ class Supervisor:
                 self._serial = max(self._serial, int(name.rpartition("-")[2]))
                 self.stdio[name].end_input()
         self.checkpointer = engine.checkpointer(live)
+        if live.filling is not None:
+            self._watch_filling(os.dup(live.filling.fileno()))
         self._note_running(live)
+
+    def _watch_filling(self, fd: int) -> None:
+        """`fd` becomes readable when all memory is there, or when that was waited for elsewhere."""
+
+        def filled() -> None:
+            self.loop.forget(fd)
+            os.close(fd)
+            if self.checkpointer is not None:
+                self.checkpointer.settle()
+
+        self.loop.watch(fd, read=filled)
 
     def _note_running(self, live: LivePod) -> None:
         """Tell the index, now or, when it is busy or its disk is full, later: the pod comes first."""
@@ -467,10 +481,13 @@ class Supervisor:
         try:
             _, status = os.waitpid(pid, 0)
         except ChildProcessError:
-            deadline = time.monotonic() + 2
-            while (code := keeper.read_exit(noted)) is None and time.monotonic() < deadline:
-                time.sleep(0.005)
-            return 255 if code is None else code
+            ended = ptrace.take_exit(pid)  # in the middle of a checkpoint
+            if ended is None:
+                deadline = time.monotonic() + 2
+                while (code := keeper.read_exit(noted)) is None and time.monotonic() < deadline:
+                    time.sleep(0.005)
+                return 255 if code is None else code
+            status = ended
         code = os.waitstatus_to_exitcode(status)
         if noted.name == "exit.json":
             keeper.write_exit(noted, status)

@@ -9,6 +9,7 @@ import signal
 import socket
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn
 
 import msgspec
@@ -17,7 +18,7 @@ from podtree.errors import PodtreeError, RestoreFailed
 from podtree.freeze import OPTIONS
 from podtree.image import manifest as manifest_file
 from podtree.image.manifest import Manifest
-from podtree.kernel import procfs, ptrace
+from podtree.kernel import procfs, ptrace, userfaultfd
 from podtree.kernel.namespaces import Clone, clone_python, setns
 from podtree.kernel.pidfd import pidfd_getfd, pidfd_open
 from podtree.kernel.sys import NR, syscall
@@ -30,8 +31,9 @@ from podtree.pod.dirs import PodDirs
 from podtree.pod.launch import Builder, launch
 from podtree.pod.live import INIT, ClockOffsets, ExecSession, Launched, LivePod
 from podtree.pod.spec import PodSpec
-from podtree.restore import arena, plan
+from podtree.restore import arena, pager, plan
 from podtree.restore.arena import Body
+from podtree.restore.pager import Filling
 from podtree.restore.process import ProcessRestorer, Shared
 from podtree.restore.tree import Tree
 from podtree.script import vdso
@@ -67,7 +69,7 @@ class _Layout:
         self.stem = free_gap(vmas, arena.SIZE * 2)
         self.arena = self.stem + arena.SIZE
         highest = max((f.fd for p in manifest.processes for f in p.fds), default=0)
-        self.slot_base = max(SLOT_BASE, highest + 1)
+        self.slot_base = max(SLOT_BASE, highest + 2)  # and one below it that nobody has, for the pager
         self.page_names = sorted({p.memory.pages for p in manifest.processes})
         for name in self.page_names:
             if not name.isdigit():
@@ -99,10 +101,15 @@ def restore_pod(pod_id: str, spec: PodSpec, dirs: PodDirs, cgroup: Cgroup) -> Li
         launched = launch(spec, dirs, cgroup, clock, in_builder, as_init, inherit=[image_fd, stem_fd])
         made = msgspec.convert(launched.result, _Made)
         family: list[int] = []
+        fillings: list[Filling] = []
         try:
-            restorers, roots = _grow(manifest, steps, layout, launched, made, image_fd, stem_fd, family, clock)
+            restorers, roots = _grow(
+                manifest, steps, layout, launched, made, image_fd, stem_fd, family, clock, dirs.run, fillings
+            )
         except BaseException as error:
             _end(launched, family)
+            for filling in fillings:
+                filling.abandon()
             if isinstance(error, (PodtreeError, KeyboardInterrupt, SystemExit)):
                 raise
             raise RestoreFailed(f"restore failed: {error}") from error
@@ -117,6 +124,7 @@ def restore_pod(pod_id: str, spec: PodSpec, dirs: PodDirs, cgroup: Cgroup) -> Li
             clock=clock,
             stdio=launched.stdio,
             sessions=roots,
+            filling=next(iter(fillings), None),
         )
         for restorer in restorers:
             restorer.go()
@@ -223,8 +231,10 @@ def _grow(
     stem_fd: int,
     family: list[int],
     clock: ClockOffsets,
+    run: Path,
+    fillings: list[Filling],
 ) -> tuple[list[ProcessRestorer], dict[str, ExecSession]]:
-    """All tasks, complete and stopped."""
+    """All tasks, complete and stopped. The pager, if there is one, is in `fillings`."""
     roots: dict[str, ExecSession] = {}
     names = {one.pid: one.name for one in manifest.stdio}
 
@@ -259,11 +269,16 @@ def _grow(
         epoll_holders={file: pid for (_, file), pid in reversed(_first_holders(manifest).items())},
         last_cap=last_cap,
         clock_offset_ns=clock.monotonic_ns,
+        lazily=userfaultfd.is_available(),
     )
     restorers = [ProcessRestorer(p, tree.bodies[p.place.pid], shared) for p in manifest.processes]
     tree.take_terminals(places)
     for restorer in restorers:
         restorer.map_memory()
+    filling = pager.start([r.later for r in restorers if r.later], run)  # before a script touches what is missing
+    if filling:
+        fillings.append(filling)
+    for restorer in restorers:
         restorer.set_attributes()
         restorer.make_threads()
         restorer.apply_outside_state()

@@ -12,17 +12,19 @@ from dataclasses import dataclass
 
 from podtree.errors import RestoreFailed
 from podtree.image.pages import Run, load_map
-from podtree.kernel import fdops, mm, procfs, ptrace
+from podtree.kernel import fdops, mm, procfs, ptrace, userfaultfd
+from podtree.kernel.pidfd import pidfd_getfd, pidfd_open
 from podtree.kernel.sys import NR, PAGE_SIZE
 from podtree.objects import memory, processes, scheduling, signals, threads, timers
 from podtree.objects.descriptors import Deferred
 from podtree.objects.epoll import OwnWatch
 from podtree.objects.memory import Vma, VmaKind
 from podtree.objects.processes import Process
+from podtree.restore import pager
 from podtree.restore.arena import SIZE, Body
+from podtree.restore.pager import Lazy, Piece
 from podtree.script.task import Remote, Script, check
 
-DUP3 = 292
 EPOLL_CTL_ADD = 1
 READ_MAX = 1 << 30  # bytes per pread; the kernel's limit is a little below 2 GiB
 READ_BYTES_PER_S = 50 << 20  # what the slowest disk is trusted with, for time limits
@@ -42,6 +44,7 @@ class Shared:
     epoll_holders: dict[int, int]  # OpenFile.id -> the first process that has it at all
     last_cap: int
     clock_offset_ns: int  # the pod's CLOCK_MONOTONIC less ours
+    lazily: bool  # large memory may come in when the process runs already
 
     def late_ns(self, read_ns: int) -> int:
         """Time that has passed for the pod since `read_ns` of its CLOCK_MONOTONIC, the restore's own included."""
@@ -61,13 +64,17 @@ class ProcessRestorer:
         self.shared = shared
         self.pid = process.place.pid
         self.bodies: list[Body] = [body]  # one per thread
+        self.later: Lazy | None = None  # memory that is still to come
 
     # --- memory
 
     def map_memory(self) -> None:
-        """Make all mappings and fill in the pages that were saved."""
+        """Make all mappings and fill in the pages that were saved, but for those that come later (`later`)."""
         runs = load_map(self.shared.image_dir_fd, f"mem/{self.process.memory.pages}")
         filled = _filled_vmas(self.process.memory.vmas, runs)
+        pieces: list[Piece] = []
+        if self.shared.lazily:
+            runs, pieces, waiting = pager.split(self.process.memory.vmas, runs)
         script = self.body.script()
         for index, vma in enumerate(self.process.memory.vmas):
             memory.restore_vma(vma, script, self.shared.slot_base, index in filled)
@@ -82,6 +89,25 @@ class ProcessRestorer:
             script.add(NR.madvise, start, length, memory.MADV_GUARD_INSTALL, name="madvise guard")
             script = self._flush(script)
         self.body.run(script)
+        if pieces:
+            self.later = self._leave_missing(pieces, waiting)
+
+    def _leave_missing(self, pieces: list[Piece], vmas: list[Vma]) -> Lazy:
+        """Have the pager answer for pages of these mappings."""
+        hidden = self.shared.slot_base - 1
+        number = self.body.do(NR.userfaultfd, os.O_CLOEXEC | os.O_NONBLOCK)
+        pidfd = pidfd_open(self.body.tid)
+        try:
+            uffd = pidfd_getfd(pidfd, number)
+        finally:
+            os.close(pidfd)
+        self.body.do(NR.dup3, number, hidden, os.O_CLOEXEC)
+        self.body.do(NR.close, number)
+        userfaultfd.enable_missing(uffd)
+        for vma in vmas:
+            userfaultfd.register_missing(uffd, vma.start, vma.end)
+        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
+        return Lazy(uffd, os.open(f"mem/{self.process.memory.pages}", flags, dir_fd=self.shared.image_dir_fd), pieces)
 
     def _flush(self, script: Script) -> Script:
         if not script.full:
@@ -134,7 +160,7 @@ class ProcessRestorer:
                 continue
             watch, what = own.watch, f"epoll registration of descriptor {own.watch.fd}"
             event = script.put(struct.pack("<IQ", watch.events & 0xFFFFFFFF, watch.data & (1 << 64) - 1))
-            script.add(DUP3, base + watch.file, watch.fd, os.O_CLOEXEC, name=what)
+            script.add(NR.dup3, base + watch.file, watch.fd, os.O_CLOEXEC, name=what)
             script.add(NR.epoll_ctl, base + own.epoll, EPOLL_CTL_ADD, watch.fd, event, name=what)
             script.add(NR.close, watch.fd)
             script = self._flush(script)
@@ -146,7 +172,7 @@ class ProcessRestorer:
         base = self.shared.slot_base
         for fd in self.process.fds:
             flags = os.O_CLOEXEC if fd.cloexec else 0
-            script.add(DUP3, base + fd.file, fd.fd, flags, name=f"descriptor {fd.fd}")
+            script.add(NR.dup3, base + fd.file, fd.fd, flags, name=f"descriptor {fd.fd}")
             script = self._flush(script)
         script.add(NR.close_range, base, 0xFFFFFFFF, 0, name="close_range")
         self._set_owners(script)
