@@ -8,6 +8,7 @@ which are the same open file description. Restore: the builder makes each descri
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import resource
@@ -19,7 +20,7 @@ from typing import Any, TypeAlias
 
 import msgspec
 
-from podtree.errors import Damaged, RestoreFailed
+from podtree.errors import Damaged, Refused, RestoreFailed
 from podtree.kernel import fdops
 from podtree.kernel.fdinfo import FdInfo, read_fdinfo
 from podtree.kernel.kcmp import compare_files
@@ -28,6 +29,7 @@ from podtree.objects import devices, epoll, eventfd, files, memfd, pipes, signal
 from podtree.objects.contents import Contents
 from podtree.objects.context import CollectContext, FrozenProcess, RestoreContext
 from podtree.objects.held import Held, PodView, pod_id
+from podtree.objects.slots import RAISE_LIMIT, raise_descriptor_limit, slot_base, too_many
 from podtree.objects.tty import ControllingTerminal
 
 FileState: TypeAlias = (
@@ -134,12 +136,21 @@ class FileTable:
             info = read_fdinfo(process.host_pid, number)
             link = os.readlink(os.fsencode(base + str(number)))
             display = f"fd {number} ({link.decode(errors='backslashreplace')})"
-            fd = pidfd_getfd(process.pidfd, number)
+            fd = self._duplicate(process, number)
             held = self._unify(self._hold(fd, link, info, display, process, number))
             held.holders.append((process, number))
             self._note_locks(held, info, process)
             found.append(Fd(number, held.id, bool(info.flags & os.O_CLOEXEC)))
         return found
+
+    def _duplicate(self, process: FrozenProcess, number: int) -> int:
+        try:
+            return pidfd_getfd(process.pidfd, number)
+        except OSError as error:
+            if error.errno == errno.EMFILE:
+                self.ctx.refuse(None, "descriptors", "the pod has more open files than podtree may have", RAISE_LIMIT)
+                raise Refused(self.ctx.problems) from error
+            raise
 
     def add_local(self, fd: int, display: str, process: FrozenProcess | None = None) -> int:
         """A file that the engine opened (a mapping's, an executable, a directory); returns its OpenFile id.
@@ -202,7 +213,14 @@ class FileTable:
             pos = held.info.pos if isinstance(what, _POSITIONED) else 0
             locks = tuple(self._locks.get(held.id, ()))
             result.append(OpenFile(held.id, _saved_flags(held), pos, what, self._owner(held), locks))
+        self._refuse_too_many(result)
         return result
+
+    def _refuse_too_many(self, found: list[OpenFile]) -> None:
+        """What this machine couldn't restore is not to be saved."""
+        base = slot_base(max((number for held in self.all for _, number in held.holders), default=0))
+        if reason := too_many(_numbers_needed(base, found)):
+            self.ctx.refuse(None, "descriptors", reason, RAISE_LIMIT)
 
     def _owner(self, held: Held) -> Owner | None:
         if held.flags & os.O_PATH or held.process is None:
@@ -395,13 +413,10 @@ class Deferred:
     end: int = 0
 
 
-def raise_descriptor_limit(needed: int = 0) -> None:
-    """Allow this process as many descriptors as it may have, at least `needed`; OSError if that can't be."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if needed > hard:
-        hard = needed
-    if soft < hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+def _numbers_needed(base: int, entries: list[OpenFile]) -> int:
+    """How many descriptors the builder needs: the slots, and what is made all at once before it is placed."""
+    passing = sum(not isinstance(entry.what, files.RegularFile) for entry in entries)
+    return base + len(entries) + max(0, passing - base)
 
 
 def restore_files(entries: list[OpenFile], ctx: RestoreContext, slot_base: int) -> Deferred:
@@ -478,7 +493,8 @@ class _Slots:
         self.by_id = {e.id: e for e in entries}
         self.deferred = Deferred()
         self.end = base + max(self.by_id, default=-1) + 1
-        raise_descriptor_limit(self.end + 4096)
+        if reason := too_many(max(self.end, _numbers_needed(base, entries))):
+            raise RestoreFailed(f"descriptors: {reason}", RAISE_LIMIT)
         dummy = os.open("/", os.O_PATH | os.O_CLOEXEC)
         for number in self.by_id:
             os.dup2(dummy, base + number, inheritable=False)

@@ -24,8 +24,9 @@ from podtree.kernel.pidfd import pidfd_getfd, pidfd_open
 from podtree.kernel.sys import NR, syscall
 from podtree.objects import sysvipc, tmpfs
 from podtree.objects.context import RestoreContext
-from podtree.objects.descriptors import Deferred, raise_descriptor_limit, restore_files
+from podtree.objects.descriptors import Deferred, restore_files
 from podtree.objects.memory import free_gap
+from podtree.objects.slots import raise_descriptor_limit, slot_base
 from podtree.pod.cgroup import Cgroup
 from podtree.pod.dirs import PodDirs
 from podtree.pod.launch import Builder, launch
@@ -40,7 +41,6 @@ from podtree.script import vdso
 
 END_PATIENCE_S = 10.0
 CLOSE_RANGE_CLOEXEC = 4  # linux/close_range.h
-SLOT_BASE = 1000  # descriptors of the image lie above, out of the way of builder and stem
 
 
 def check_machine(manifest: Manifest) -> None:
@@ -69,7 +69,7 @@ class _Layout:
         self.stem = free_gap(vmas, arena.SIZE * 2)
         self.arena = self.stem + arena.SIZE
         highest = max((f.fd for p in manifest.processes for f in p.fds), default=0)
-        self.slot_base = max(SLOT_BASE, highest + 2)  # and one below it that nobody has, for the pager
+        self.slot_base = slot_base(highest)
         self.page_names = sorted({p.memory.pages for p in manifest.processes})
         for name in self.page_names:
             if not name.isdigit():
