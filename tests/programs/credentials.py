@@ -10,6 +10,7 @@ import shutil
 import struct
 import threading
 import time
+from _multiprocessing import SemLock  # type: ignore[attr-defined]
 from pathlib import Path
 
 from inpod import DIR, bad, case, child, equal, frozen, main, reap, status_field, true, wait_go
@@ -346,6 +347,25 @@ def shared_memory_files() -> None:
     equal("unlinked", os.pread(gone, 100, 0), b"no name any more")
     equal("mapping", (area[0:5], area[1000:1005], (root / "mapped").read_bytes()[:5]), (b"child", b"hello", b"child"))
     shutil.rmtree(root)
+
+
+@case
+def named_semaphores() -> None:
+    """sem_open(3): mapped under a passing name, then linked to its own; others who open that share it afterwards."""
+    semaphore = 1  # the kind, for SemLock
+    kept = SemLock(semaphore, 0, 10, "/podtest-kept", False)
+    gone = SemLock(semaphore, 2, 10, "/podtest-gone", True)
+
+    def body() -> None:
+        wait_go()
+        SemLock._rebuild(0, semaphore, 10, "/podtest-kept").release()
+        gone.release()
+
+    pid = child(body)
+    frozen()
+    reap(pid)
+    true("the one with a name is shared", kept.acquire(True, 10))
+    equal("the one without", [gone.acquire(False) for _ in range(4)], [True, True, True, False])
 
 
 @case

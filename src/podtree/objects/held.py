@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from podtree.errors import Damaged
@@ -16,6 +17,7 @@ from podtree.kernel.fdinfo import FdInfo
 from podtree.kernel.mountinfo import Mount, mounts_of
 from podtree.objects.context import CollectContext, FrozenProcess
 
+TREE_ROOT = "."  # a tree's own root, where paths are relative to it
 DELETED = b" (deleted)"  # what d_path() puts after the name of an unlinked file
 
 #: File systems whose files are views of the kernel: their state is not in any volume.
@@ -23,6 +25,9 @@ PSEUDO = frozenset(
     {"proc", "sysfs", "cgroup", "cgroup2", "devpts", "mqueue", "debugfs", "tracefs", "securityfs", "bpf", "configfs"}
     | {"pstore", "efivarfs", "fusectl", "hugetlbfs", "binfmt_misc", "nsfs", "selinuxfs"}
 )
+
+
+_INSIDE = mount.Resolve.IN_ROOT | mount.Resolve.NO_MAGICLINKS
 
 
 def path_text(path: bytes) -> str:
@@ -42,6 +47,24 @@ def path_bytes(text: str) -> bytes:
     if b"\0" in path or not path:
         raise Damaged(f"the image has an impossible path: {text!r}")
     return path
+
+
+def walk(base: bytes, device: int) -> Iterator[tuple[bytes, os.stat_result]]:
+    """(relative path, lstat) of a directory and everything below it on the same file system, parents first."""
+    yield TREE_ROOT.encode(), os.stat(base)
+    pending = [b""]
+    while pending:
+        directory = pending.pop()
+        below = []
+        for name in sorted(os.listdir(base + directory)):
+            path = os.path.join(directory, name)
+            st = os.lstat(base + path)
+            if st.st_dev != device:
+                continue
+            yield path, st
+            if stat.S_ISDIR(st.st_mode):
+                below.append(path)
+        pending += reversed(below)
 
 
 @dataclass(slots=True, eq=False)
@@ -95,6 +118,7 @@ class PodView:
         self.host_devices = frozenset(m.device for m in mounts_of("self").values())
         self.root = os.open(f"/proc/{first}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         self._found: dict[bytes, os.stat_result | None] = {}  # nothing moves while the pod is frozen
+        self._tmpfs_names: dict[int, dict[int, bytes]] = {}  # device -> inode -> a path
         self.log: tuple[int, int] | None = None
         with contextlib.suppress(FileNotFoundError):
             log = ctx.log_path.stat()
@@ -129,7 +153,7 @@ class PodView:
                 self.root,
                 os.fsdecode(path.lstrip(b"/") or b"."),
                 os.O_PATH | os.O_NOFOLLOW,
-                mount.Resolve.IN_ROOT | mount.Resolve.NO_MAGICLINKS,
+                _INSIDE,
             )
         except OSError:
             return None
@@ -147,7 +171,31 @@ class PodView:
             found = self.lookup(name) if name.startswith(b"/") else None
             if found and (found.st_dev, found.st_ino) == held.inode:
                 return name
-        return None
+        return self._other_name(held) if held.stat.st_nlink and held.link.endswith(DELETED) else None
+
+    def _other_name(self, held: Held) -> bytes | None:
+        """A name, in a tmpfs of the pod, of what is known under a name that is gone.
+
+        sem_open(3) makes a semaphore under a passing name, and then links it to its own.
+        """
+        device = held.stat.st_dev
+        if device not in self._tmpfs_names:
+            self._tmpfs_names[device] = {}
+            for where in self.mounts.values():
+                if where.device == device and where.root == b"/" and self.on_own_tmpfs(where):
+                    self._tmpfs_names[device] = self._names_in(where)
+        name = self._tmpfs_names[device].get(held.stat.st_ino)
+        found = self.lookup(name) if name else None
+        return name if found and (found.st_dev, found.st_ino) == held.inode else None
+
+    def _names_in(self, where: Mount) -> dict[int, bytes]:
+        top = mount.openat2(self.root, os.fsdecode(where.point.lstrip(b"/")), os.O_RDONLY | os.O_DIRECTORY, _INSIDE)
+        try:
+            if os.fstat(top).st_dev != where.device:
+                return {}
+            return {st.st_ino: where.point + b"/" + path for path, st in walk(b"/proc/self/fd/%d/" % top, where.device)}
+        finally:
+            os.close(top)
 
 
 def former_name(link: bytes) -> bytes:

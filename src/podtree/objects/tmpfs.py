@@ -11,7 +11,6 @@ import contextlib
 import errno
 import os
 import stat
-from collections.abc import Iterator
 
 import msgspec
 
@@ -20,11 +19,10 @@ from podtree.objects import contents
 from podtree.objects.contents import KEY_XATTR, Contents
 from podtree.objects.context import CollectContext, RestoreContext
 from podtree.objects.devices import STATELESS
-from podtree.objects.held import path_bytes, path_text
+from podtree.objects.held import TREE_ROOT, path_bytes, path_text, walk
 
 #: Device nodes that may be made again; others could reach hardware: Documentation/admin-guide/devices.txt
 NODES = frozenset(STATELESS) | {(5, 0), (5, 1), (5, 2), (0, 0)}
-ROOT = "."
 
 
 class TmpfsEntry(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -68,7 +66,7 @@ def collect_tmpfs(point: str, dir_fd: int, ctx: CollectContext, saved: Contents)
     names: dict[int, str] = {}
     device = os.fstat(dir_fd).st_dev
     base = b"/proc/self/fd/%d/" % dir_fd
-    for path, st in _walk(base, device):
+    for path, st in walk(base, device):
         text = path_text(path)
         if st.st_nlink > 1 and not stat.S_ISDIR(st.st_mode):
             if st.st_ino in names:
@@ -81,24 +79,6 @@ def collect_tmpfs(point: str, dir_fd: int, ctx: CollectContext, saved: Contents)
             name = os.path.join(os.fsencode(point), path).decode(errors="backslashreplace")
             ctx.refuse(None, f"file {name}", f"can't be saved: {error}")
     return TmpfsMount(point, tuple(entries))
-
-
-def _walk(base: bytes, device: int) -> Iterator[tuple[bytes, os.stat_result]]:
-    """(relative path, lstat) of the root and everything below it on the same file system."""
-    yield ROOT.encode(), os.stat(base)
-    pending = [b""]
-    while pending:
-        directory = pending.pop()
-        below = []
-        for name in sorted(os.listdir(base + directory)):
-            path = os.path.join(directory, name)
-            st = os.lstat(base + path)
-            if st.st_dev != device:
-                continue
-            yield path, st
-            if stat.S_ISDIR(st.st_mode):
-                below.append(path)
-        pending += reversed(below)
 
 
 def _collect_entry(
@@ -157,7 +137,7 @@ def restore_tmpfs(state: TmpfsMount, ctx: RestoreContext) -> None:
 
 
 def _remove_others(base: bytes, device: int, wanted: set[str]) -> None:
-    for path, st in reversed(list(_walk(base, device))):
+    for path, st in reversed(list(walk(base, device))):
         if path_text(path) in wanted:
             continue
         with contextlib.suppress(OSError):  # a directory with a mount in it stays
@@ -167,12 +147,12 @@ def _remove_others(base: bytes, device: int, wanted: set[str]) -> None:
 def _check_place(entry: TmpfsEntry, made: dict[str, TmpfsEntry]) -> None:
     """Only below directories of the same list, so that no link leads elsewhere."""
     if not made:
-        if entry.path != ROOT or entry.kind != stat.S_IFDIR:
+        if entry.path != TREE_ROOT or entry.kind != stat.S_IFDIR:
             raise Damaged("the image's list of a tmpfs does not begin with its root")
         return
     path = path_bytes(entry.path)
     parent, name = os.path.split(path)
-    above = made.get(path_text(parent) if parent else ROOT)
+    above = made.get(path_text(parent) if parent else TREE_ROOT)
     if entry.path in made or name in (b"", b".", b"..") or above is None or above.kind != stat.S_IFDIR:
         raise Damaged(f"the image's list of a tmpfs has an impossible path: {entry.path!r}")
     first = made.get(entry.same_as) if entry.same_as else None
