@@ -38,7 +38,8 @@ def test_pairs(world: World) -> None:
         os.fchmod(slave, 0o600)
         alone, _ = pty.open_master("/dev/ptmx")
         fcntl.ioctl(alone, pty.TIOCSPTLCK, struct.pack("i", 1))
-        return {"master": second, "slave": slave, "reading": reading, "alone": alone}
+        looking, _ = pty.open_master("/dev/ptmx", os.O_RDONLY)
+        return {"master": second, "slave": slave, "reading": reading, "alone": alone, "looking": looking}
 
     def check(names: dict[str, Any]) -> None:
         assert os.ttyname(names["slave"]) == "/dev/pts/1"
@@ -53,6 +54,9 @@ def test_pairs(world: World) -> None:
         assert (st.st_uid, st.st_gid, st.st_mode & 0o777) == (12, 13, 0o600)
         with pytest.raises(OSError, match="Input/output"):  # still locked
             os.open("/dev/pts/0", os.O_RDWR | os.O_NOCTTY)
+
+        assert fcntl.fcntl(names["looking"], fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY
+        assert pty.pty_number(names["looking"]) == 2
 
     saved = world.round_trip(hold, check)
     assert isinstance(saved.of("master").what, PtyMaster)

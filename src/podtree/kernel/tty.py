@@ -13,9 +13,9 @@ TIOCSPTLCK = 0x40045431
 TIOCGPTPEER = 0x5441
 
 
-def open_master(ptmx: str) -> tuple[int, int]:
+def open_master(ptmx: str, access: int = os.O_RDWR) -> tuple[int, int]:
     """A new pty of the devpts instance that `ptmx` belongs to: (master descriptor, pty number), unlocked."""
-    master = os.open(ptmx, os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
+    master = os.open(ptmx, access | os.O_NOCTTY | os.O_CLOEXEC)
     try:
         fcntl.ioctl(master, TIOCSPTLCK, struct.pack("i", 0))
         return master, pty_number(master)

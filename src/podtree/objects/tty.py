@@ -281,12 +281,12 @@ def restore_ttys(entries: list[tuple[int, int, TtyStates]], ctx: RestoreContext)
 _Lead = tuple[int, Settings]
 
 
-def allocate(index: int) -> int:
+def allocate(index: int, access: int = os.O_RDWR) -> int:
     """The master of pty number `index`: lower numbers that are free are taken and given back."""
     spare = []
     try:
         while True:
-            master, number = pty.open_master("/dev/ptmx")
+            master, number = pty.open_master("/dev/ptmx", access)
             if number == index:
                 return master
             spare.append(master)
@@ -314,12 +314,12 @@ def _hung_up(flags: int) -> int:
 def _restore_pty(
     result: dict[int, int], index: int, ends: list[tuple[int, int, PtyMaster | PtySlave]]
 ) -> list[_Lead]:
-    masters = [(n, s) for n, _, s in ends if isinstance(s, PtyMaster)]
+    masters = [(n, f, s) for n, f, s in ends if isinstance(s, PtyMaster)]
     slaves = [(n, f, s) for n, f, s in ends if isinstance(s, PtySlave)]
     if len(masters) != 1:
         raise Damaged(f"the image has {len(masters)} masters of pty {index}")
-    number, state = masters[0]
-    master = result[number] = allocate(index)
+    number, flags, state = masters[0]
+    master = result[number] = allocate(index, flags & os.O_ACCMODE)
     path = b"/dev/pts/%d" % index
     settings = next((s.settings for _, _, s in ends if s.settings), None)
     wants_slave = bool(slaves or state.hangup or (settings and (settings.session or settings.queues)))
