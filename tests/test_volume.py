@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import random
+import subprocess
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -11,7 +15,7 @@ from podtree.kernel import btrfs
 from podtree.pool import Pool
 from podtree.volume.backend import VolumeBackend
 from podtree.volume.btrfs import BtrfsVolumes
-from pool_fixtures import MIB, pool, pool_home  # noqa: F401
+from pool_fixtures import MIB, in_child, pool, pool_home  # noqa: F401
 
 
 @pytest.fixture(params=[BtrfsVolumes])
@@ -111,3 +115,36 @@ def test_the_read_only_flag_can_be_set(place: Path) -> None:
     assert btrfs.is_readonly(str(place / "v"))
     btrfs.set_readonly(str(place / "v"), False)
     (place / "v/file").write_text("again")
+
+
+def commit_rarely(place: Path) -> None:
+    """The file system's own commits come every five minutes, after the test's end."""
+    subprocess.run(["mount", "-o", "remount,commit=300", str(place)], check=True)
+
+
+def test_nobody_waits_for_a_commit_that_is_not_his(volumes: VolumeBackend, place: Path) -> None:
+    """Three processes make something durable at nearly the same time; nobody else does for a while."""
+    commit_rarely(place)
+
+    def work() -> None:
+        time.sleep(random.random() * 0.03)
+        (place / str(os.getpid())).touch()
+        volumes.make_durable()
+
+    for _ in range(60):
+        statuses: list[int] = []
+        threads = [threading.Thread(target=lambda: statuses.append(in_child(work))) for _ in range(3)]  # noqa: B023
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert statuses == [0] * 3
+
+
+def test_space_is_freed_although_no_commit_is_due(volumes: VolumeBackend, place: Path) -> None:
+    commit_rarely(place)
+    volumes.create(str(place / "v"))
+    volumes.make_durable()
+    volumes.destroy(str(place / "v"))
+    volumes.make_durable()
+    assert volumes.wait_destroyed(120)
