@@ -108,6 +108,10 @@ def test_tag(pool: Pool, verb: Verb) -> None:
     assert "gold" in verb("tag").stdout
     verb("tag", "--delete", "gold", "silver")
     assert pool.tags() == {}
+    verb("tag", "web@1", "gold")
+    assert verb("untag", "gold").stdout == "gold\n" and pool.tags() == {}
+    with pytest.raises(NotFound, match="no tag gold"):
+        verb("untag", "gold")
     for words in (("-d",), ("one",), ("a", "b", "c")):
         with pytest.raises(UsageError):
             verb("tag", *words)
@@ -124,9 +128,7 @@ def test_rm(pool: Pool, verb: Verb) -> None:
         verb("rm", other.name)
 
 
-def test_rm_of_a_running_pod_wants_force(
-    pool: Pool, verb: Verb, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rm_of_a_running_pod_wants_force(pool: Pool, verb: Verb, monkeypatch: pytest.MonkeyPatch) -> None:
     ended = []
 
     def end_pod(_pool: Pool, record: Any) -> None:

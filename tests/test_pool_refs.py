@@ -38,7 +38,13 @@ def at(text: str) -> int:
 @pytest.mark.parametrize(
     ("text", "seconds"),
     [
-        ("10s", 10), ("5m", 300), ("2h", 7200), ("1d", 86400), ("1w", 604800), ("1h30m", 5400), ("1.5s", 1.5),
+        ("10s", 10),
+        ("5m", 300),
+        ("2h", 7200),
+        ("1d", 86400),
+        ("1w", 604800),
+        ("1h30m", 5400),
+        ("1.5s", 1.5),
         ("250ms", 0.25),
     ],
 )
@@ -148,8 +154,22 @@ def test_by_time(pool: Pool) -> None:
         checkpoint_id(pool.index, "web@41s", NOW_NS)
 
 
+@pytest.mark.parametrize(
+    "far", ["9" * 30, "9" * 5000, "9" * 400 + "s", "99999999999999d", "1970-01-01", "9" * 15 + "w"]
+)
+def test_what_is_too_far_back_is_not_found(pool: Pool, far: str) -> None:
+    take(pool, pool.create_pod("web", {}), "a")
+    with pytest.raises(NotFound):
+        pool.resolve(f"web@{far}")
+
+
+def test_the_far_future_is_the_latest(pool: Pool) -> None:
+    record = take(pool, pool.create_pod("web", {}), "a")
+    assert pool.resolve("web@2500-12-31 23:59:59").id == record.id
+
+
 def test_hostile_references_do_not_reach_sql_or_the_disk(pool: Pool) -> None:
-    for ref in ("' OR 1=1 --", "../..", "%", "_", "web@' OR 1", "\0", "a" * 10000):
+    for ref in ("' OR 1=1 --", "../..", "%", "_", "web@' OR 1", "\0", "a" * 10000, "\udcff"):
         with pytest.raises(PodtreeError):
             pool.resolve(ref)
     assert os.listdir(pool.root / "trash") == []

@@ -15,8 +15,9 @@ from podtree.pod.spec import PodSpec
 @click.command("attach")
 @click.option("--no-stdin", is_flag=True, help="Only watch.")
 @click.option("--detach-keys", default=specs.DEFAULT_DETACH_KEYS, show_default=True, metavar="KEYS")
+@click.option("--json", "_as_json", is_flag=True, help="Errors as JSON; the rest is the pod's own.")
 @click.argument("ref", metavar="POD")
-def command(no_stdin: bool, detach_keys: str, ref: str) -> None:
+def command(no_stdin: bool, detach_keys: str, _as_json: bool, ref: str) -> None:
     """Attach to a pod's stdin, stdout and stderr; its exit code is passed on.
 
     The detach keys leave it running. A pod that was started with -d and no terminal only writes to its

@@ -10,8 +10,9 @@ from podtree.pod import control
 
 @click.command("kill")
 @click.option("-s", "--signal", "name", default="KILL", show_default=True, help="Name or number.")
+@common.json_option
 @click.argument("refs", nargs=-1, required=True, metavar="POD...")
-def command(name: str, refs: tuple[str, ...]) -> None:
+def command(name: str, as_json: bool, refs: tuple[str, ...]) -> None:
     """Send the first process of pods a signal. KILL ends the pod, and is waited for."""
     number = control.parse_signal(name)
     pool = common.open_pool()
@@ -21,4 +22,7 @@ def command(name: str, refs: tuple[str, ...]) -> None:
             control.end_pod(pool, pod)
         else:
             control.send_signal(pool, pod, number)
-        click.echo(pod.name)
+        if as_json:
+            common.print_json({"pod": pod.name, "id": pod.id, "signal": number})
+        else:
+            click.echo(pod.name)

@@ -11,6 +11,7 @@ from typing import BinaryIO
 import click
 
 from podtree.cli import common
+from podtree.errors import UsageError
 from podtree.pod import control
 from podtree.pool.pool import Pool
 from podtree.pool.records import PodRecord
@@ -21,11 +22,19 @@ _CHUNK = 1 << 16
 @click.command("logs")
 @click.option("-f", "--follow", "following", is_flag=True, help="Go on until the pod ends.")
 @click.option("-n", "--tail", type=click.IntRange(min=0), metavar="N", help="Only the last N lines.")
+@common.json_option
 @click.argument("ref", metavar="POD")
-def command(following: bool, tail: int | None, ref: str) -> None:
-    """Show what a pod has written."""
+def command(following: bool, tail: int | None, as_json: bool, ref: str) -> None:
+    """Show what a pod has written; with --json as one object, bytes that are no text replaced."""
     pool = common.open_pool()
     pod = pool.pod(ref)
+    if as_json:
+        if following:
+            raise UsageError("--follow has no end that could be one JSON object")
+        with open(control.dirs_of(pool, pod.id).log, "rb") as file:
+            _seek_tail(file, tail)
+            common.print_json({"pod": pod.name, "id": pod.id, "log": file.read().decode(errors="replace")})
+        return
     if following:
         with contextlib.suppress(KeyboardInterrupt):
             follow(pool, pod, tail)

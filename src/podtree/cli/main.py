@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import sys
@@ -9,7 +10,7 @@ from typing import Any
 
 import click
 
-from podtree.errors import PodtreeError
+from podtree.errors import PodtreeError, UsageError
 
 _VERBS = {
     "run": "Run a command in a new pod.",
@@ -39,6 +40,13 @@ _VERBS = {
 }
 _ALIASES = {"fork": "branch"}
 _MODULES = {"exec": "exec_"}
+_HINTS = {
+    errno.EROFS: "set PODTREE_HOME to a place that can be written to",
+    errno.ENOSPC: "podtree discard what isn't needed, then podtree gc; or free space on the disk",
+    errno.EACCES: "podtree needs to be root",
+    errno.EPERM: "podtree needs to be root, with the right to make namespaces, mounts and loop devices",
+    errno.EIO: "the disk is failing, or what is kept is damaged: podtree fsck",
+}
 
 
 class Verbs(click.Group):
@@ -73,6 +81,7 @@ def cli() -> None:
 def main() -> None:
     """The program `podtree`."""
     try:
+        _check_words()
         code = cli.main(standalone_mode=False)
         sys.stdout.flush()
     except PodtreeError as error:
@@ -80,27 +89,61 @@ def main() -> None:
     except click.exceptions.Exit as error:
         code = error.exit_code
     except click.ClickException as error:
-        error.show()
-        code = error.exit_code
+        code = _report_usage(error)
     except (click.Abort, KeyboardInterrupt):
         code = 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         code = 141
+    except OSError as error:
+        code = _report(_as_error(error))
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _check_words() -> None:
+    """Names, messages and programs go into JSON and the index, which hold text."""
+    for word in sys.argv[1:]:
+        if not word.isascii() and word != word.encode(errors="replace").decode():
+            raise UsageError(f"not valid UTF-8: {os.fsencode(word)!r}")
+
+
+def _as_error(error: OSError) -> PodtreeError:
+    """What the system refused, without the way there."""
+    what = error.strerror or str(error) or type(error).__name__
+    place = f": {os.fsdecode(error.filename)}" if isinstance(error.filename, str | bytes) else ""
+    return PodtreeError(what + place, _HINTS.get(error.errno or 0, ""))
+
+
+def _wants_json() -> bool:
+    words = sys.argv[1:]
+    return "--json" in words[: words.index("--") if "--" in words else len(words)]
 
 
 def _report(error: PodtreeError) -> int:
     """To stderr for people; with --json as an object on stdout."""
-    words = sys.argv[1:]
-    if "--json" in words[: words.index("--") if "--" in words else len(words)]:
+    if _wants_json():
         import msgspec
 
         problems = [msgspec.to_builtins(p) for p in getattr(error, "problems", [])]
         data: dict[str, Any] = {"error": error.message, "hint": error.hint, "problems": problems}
         click.echo(msgspec.json.encode(data).decode())
     else:
-        click.echo(f"podtree: {error.message}", err=True)
+        click.echo(f"podtree: {_printable(error.message)}", err=True)
         if error.hint:
-            click.echo(f"  {error.hint}", err=True)
+            click.echo(f"  {_printable(error.hint)}", err=True)
+    return error.exit_code
+
+
+def _printable(text: str) -> str:
+    """Names come from pods, and must not drive the terminal; line ends are the message's own."""
+    from podtree.pool.view import printable
+
+    return "\n".join(printable(line) for line in text.split("\n"))
+
+
+def _report_usage(error: click.ClickException) -> int:
+    """A word that click doesn't understand."""
+    if _wants_json():
+        return _report(UsageError(error.format_message(), "podtree VERB --help"))
+    error.show()
     return error.exit_code

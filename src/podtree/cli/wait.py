@@ -9,9 +9,15 @@ from podtree.pod import control
 
 
 @click.command("wait")
+@common.json_option
 @click.argument("refs", nargs=-1, required=True, metavar="POD...")
-def command(refs: tuple[str, ...]) -> None:
+def command(as_json: bool, refs: tuple[str, ...]) -> None:
     """Wait for pods to end, and print their exit codes; 128 + n when signal n ended it."""
     pool = common.open_pool()
     for ref in refs:
-        click.echo(control.wait(pool, pool.pod(ref)))
+        pod = pool.pod(ref)
+        code = control.wait(pool, pod)
+        if as_json:
+            common.print_json({"pod": pod.name, "id": pod.id, "exit_code": code})
+        else:
+            click.echo(code)

@@ -27,6 +27,7 @@ GIB = 1 << 30
 
 SMALLEST = 256 * MIB  # of a pool file; mkfs.btrfs itself wants 109 MiB
 LARGEST_AT_FIRST = 64 * GIB
+_OWN = {"lock", "locks", "run", "cache", "pool", "pool.img", "pool.img.new", "lost+found"}
 _MS_NOATIME = 1024  # linux/mount.h
 _MS_NODEV, _MS_NOSUID = 4, 2
 
@@ -48,15 +49,27 @@ def default_home() -> Path:
 def prepare(home: Path, initial_size: int | None) -> Path:
     """Make and mount whatever is missing; returns the pool's directory. Quick when all is there."""
     root = home / "pool"
-    if is_ready(home):
-        return root
-    if os.geteuid() != 0:
-        raise Unsupported("podtree needs to be root: it makes namespaces, mounts and snapshots", "try sudo")
-    _make_directory(home)
-    with locks.held(str(home / "lock"), what=f"the pool in {home}"):
-        if not is_ready(home):
-            _prepare_locked(home, root, initial_size)
-    return root
+    try:
+        if is_ready(home):
+            return root
+        if os.geteuid() == 0:
+            _make_home(home)
+            with locks.held(str(home / "lock"), what=f"the pool in {home}"):
+                if not is_ready(home):
+                    _prepare_locked(home, root, initial_size)
+            return root
+    except OSError as error:
+        if os.geteuid() == 0:
+            raise _no_place(home, error) from None
+    raise Unsupported("podtree needs to be root: it makes namespaces, mounts and snapshots", "try sudo")
+
+
+def _no_place(home: Path, error: OSError) -> PodtreeError:
+    where = f" ({os.fsdecode(error.filename)})" if error.filename else ""
+    return PodtreeError(
+        f"there can't be a pool in {home}: {os.strerror(error.errno or 0)}{where}",
+        "set PODTREE_HOME to a directory that can be written to",
+    )
 
 
 def is_ready(home: Path) -> bool:
@@ -72,6 +85,22 @@ def is_ready(home: Path) -> bool:
 
 def _is_mounted(home: Path) -> bool:
     return os.stat(home / "pool").st_dev != os.stat(home).st_dev
+
+
+def _make_home(home: Path) -> None:
+    """The pool's place, for root alone. One that holds other things keeps its mode: all that is ours in it is private.
+
+    Raises Conflict where others may write (/tmp): they could put their own files in the place of ours.
+    """
+    home.mkdir(mode=0o700, parents=True, exist_ok=True)
+    foreign = set(os.listdir(home)) - _OWN
+    if not foreign:
+        os.chmod(home, 0o700)
+    elif os.stat(home).st_mode & 0o022:
+        raise Conflict(
+            f"{home} holds other things, and others than root may write there",
+            f"set PODTREE_HOME to a directory of its own, such as {home / 'podtree'}",
+        )
 
 
 def _make_directory(path: Path) -> None:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from podtree.errors import Conflict, Damaged, PodtreeError
+from podtree.errors import Conflict, Damaged, PodtreeError, UsageError
 
 SCHEMA_VERSION = 1
 BUSY_SECONDS = 30.0
@@ -123,6 +123,8 @@ class Index:
             yield
         except sqlite3.IntegrityError:
             raise  # a constraint: the caller knows what it means
+        except UnicodeEncodeError as error:
+            raise UsageError(f"not valid UTF-8: {error.object!r}") from None
         except sqlite3.OperationalError as error:
             if "locked" in str(error):
                 raise Conflict(f"the index {self.path} is busy", "another podtree command hangs?") from None

@@ -493,7 +493,7 @@ class Pool:
         """Take a tag away; the checkpoint stays until a gc, rm or discard finds that nothing needs it."""
         with self.index.transaction() as connection:
             if connection.execute("DELETE FROM tags WHERE name = ?", (name,)).rowcount == 0:
-                raise NotFound(f"there is no tag {name}")
+                raise NotFound(f"there is no tag {name}", "podtree tag lists them")
 
     def children(self, ck: CheckpointId) -> tuple[list[CheckpointRecord], list[PodRecord]]:
         """What was made from the checkpoint: the checkpoints after it, the pods branched from it."""

@@ -18,6 +18,7 @@ import msgspec
 from podtree.errors import UsageError
 from podtree.pool.records import ID_DIGITS
 
+LAST_NS = (1 << 63) - 1  # in the year 2262; the largest number that the index can hold
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 _DURATION = re.compile(r"(?:\d+(?:\.\d+)?(?:ms|[smhdw]))+")
 _DURATION_PART = re.compile(r"(\d+(?:\.\d+)?)(ms|[smhdw])")
@@ -68,9 +69,9 @@ def parse(text: str, now_ns: int | None = None) -> Reference:
     if rest == "latest":
         return Latest(pod)
     if rest.isascii() and rest.isdigit():
-        return ByNumber(pod, int(rest))
+        return ByNumber(pod, int(rest) if len(rest) < 19 else LAST_NS)
     if _DURATION.fullmatch(rest):
-        return AtTime(pod, (time.time_ns() if now_ns is None else now_ns) - parse_duration(rest))
+        return AtTime(pod, max(0, (time.time_ns() if now_ns is None else now_ns) - parse_duration(rest)))
     return AtTime(pod, parse_time(rest, now_ns))
 
 
@@ -78,17 +79,19 @@ def parse_duration(text: str) -> int:
     """'10s', '1h30m' as nanoseconds. Raises UsageError."""
     if not _DURATION.fullmatch(text):
         raise UsageError(f"not a duration: {text!r}", "as in 500ms, 10s, 5m, 2h, 1d, 1h30m")
-    return sum(round(float(value) * _UNIT_NS[unit]) for value, unit in _DURATION_PART.findall(text))
+    parts = _DURATION_PART.findall(text)
+    return sum(round(min(float(value), LAST_NS) * _UNIT_NS[unit]) for value, unit in parts)
 
 
 def parse_time(text: str, now_ns: int | None = None) -> int:
     """ISO 8601 date and time (or a time of today), as CLOCK_REALTIME nanoseconds. Raises UsageError."""
-    today = datetime.fromtimestamp((time.time_ns() if now_ns is None else now_ns) / 1e9)
+    full = text
     if re.match(r"\d{1,2}:", text):
-        text = f"{today:%Y-%m-%d} {text.zfill(5) if text.count(':') == 1 else text}"
+        today = datetime.fromtimestamp((time.time_ns() if now_ns is None else now_ns) / 1e9)
+        full = f"{today:%Y-%m-%d} {'0' if text[1] == ':' else ''}{text}"
     try:
-        moment = datetime.fromisoformat(text)
-        return round(moment.timestamp() * 1e9)
+        moment = datetime.fromisoformat(full)
+        return min(max(0, round(moment.timestamp() * 1e9)), LAST_NS)
     except (ValueError, OverflowError, OSError):
         raise UsageError(
             f"neither a number, nor a duration, nor a time: {text!r}", "as in @3, @latest, @10s, @'2026-11-23 02:10'"
