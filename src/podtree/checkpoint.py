@@ -29,7 +29,7 @@ from podtree.image.manifest import Clock, Manifest, StdioSet
 from podtree.image.pages import PageFile, Run
 from podtree.kernel import mm, procfs
 from podtree.kernel.sys import PAGE_SIZE
-from podtree.objects import descriptors, memory, socketcommon, sockets, sysvipc
+from podtree.objects import descriptors, inotify, memory, socketcommon, sockets, sysvipc
 from podtree.objects.contents import Contents
 from podtree.objects.context import CollectContext
 from podtree.objects.descriptors import FileTable
@@ -223,6 +223,7 @@ class Checkpointer:
             raise RestoreFailed("the process that brought in the pod's memory was killed: the pod can't go on")
         try:
             sockets.recover(live.pids())
+            inotify.recover(live.img_dir)
         finally:
             live.cgroup.let_go()
         descriptors.recover(live.img_dir, live.root_fd, live.pids(), _consoles(live).values())
@@ -274,8 +275,8 @@ class Checkpointer:
             stdio_fds=tuple(-1 if fd is None else fd for ends in live.stdio.values() for fd in ends.pipes),
             clock_offset_ns=live.clock.monotonic_ns,
             dry_run=dry_run,
-            hold=live.cgroup.hold,
-            let_go=live.cgroup.let_go,
+            on_hold=live.cgroup.hold,
+            on_let_go=live.cgroup.let_go,
         )
 
     @contextlib.contextmanager
@@ -294,6 +295,7 @@ class Checkpointer:
         views = collect.look(frozen, context, track=track)
         self._adopt_trackers(views)
         collected = collect.collect_processes(frozen, views, context, table)
+        table.hush()
         mounts = collect.collect_tmpfs_mounts(self.live.init_pid, context, table.contents)
         ipc = sysvipc.collect(context, table.contents)
         if ipc.semaphores:

@@ -285,10 +285,10 @@ def _add_mapped_file(
         return None
 
 
-def _add_link(path: str, flags: int, table: FileTable) -> int:
-    fd = os.open(path, flags | os.O_CLOEXEC)
+def _add_link(path: str, access: int, table: FileTable) -> int:
+    fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
     try:
-        return table.add_local(fd, os.readlink(path))
+        return table.add_local(fd, os.readlink(path), access)
     finally:
         os.close(fd)
 

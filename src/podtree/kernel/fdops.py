@@ -7,12 +7,14 @@ fcntl.h and eventpoll.h (Linux 6.18).
 from __future__ import annotations
 
 import array
+import contextlib
 import enum
 import fcntl
 import functools
 import os
 import struct
 import termios
+from collections.abc import Iterator
 
 from podtree.kernel import mount
 from podtree.kernel.sys import NR, syscall
@@ -89,6 +91,18 @@ def reopen(fd: int, flags: int) -> int:
     """
     flags = flags & ~os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NOCTTY
     return os.open(f"self/fd/{fd}", flags, dir_fd=proc_fd())
+
+
+@contextlib.contextmanager
+def working_directory(fd: int) -> Iterator[None]:
+    """A directory, which may be O_PATH, is this process's working directory inside the `with`."""
+    before = os.open(".", os.O_PATH | os.O_CLOEXEC)
+    try:
+        os.fchdir(fd)
+        yield
+    finally:
+        os.fchdir(before)
+        os.close(before)
 
 
 def set_lock(fd: int, *, write: bool, start: int, end: int | None) -> None:

@@ -19,6 +19,7 @@ class Mount:
     options: bytes
     fstype: str
     source: bytes
+    settings: bytes  # of the superblock
 
 
 _ESCAPE = re.compile(rb"\\([0-7]{3})")
@@ -34,7 +35,7 @@ def parse_mountinfo(text: bytes) -> dict[int, Mount]:
     for line in text.splitlines():
         left, _, right = line.partition(b" - ")
         fields = left.split()
-        fstype, source = right.split(b" ")[:2]
+        fstype, source, settings = right.split(b" ", 2)
         major, minor = fields[2].split(b":")
         mount = Mount(
             id=int(fields[0]),
@@ -45,6 +46,7 @@ def parse_mountinfo(text: bytes) -> dict[int, Mount]:
             options=fields[5],
             fstype=fstype.decode(),
             source=_unescape(source),
+            settings=_unescape(settings),
         )
         mounts[mount.id] = mount
     return mounts

@@ -124,6 +124,8 @@ class NR(enum.IntEnum):
     keyctl = 250
     ioprio_set = 251
     ioprio_get = 252
+    inotify_add_watch = 254
+    inotify_rm_watch = 255
     openat = 257
     linkat = 265
     unshare = 272
@@ -138,9 +140,11 @@ class NR(enum.IntEnum):
     timerfd_gettime = 287
     signalfd4 = 289
     dup3 = 292
+    inotify_init1 = 294
     preadv = 295
     rt_tgsigqueueinfo = 297
     prlimit64 = 302
+    open_by_handle_at = 304
     setns = 308
     process_vm_readv = 310
     process_vm_writev = 311

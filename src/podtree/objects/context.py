@@ -57,8 +57,21 @@ class CollectContext:
     clock_offset_ns: int = 0  # the pod's CLOCK_MONOTONIC less ours
     dry_run: bool = False  # `check`: look, but write nothing (no ghosts)
     problems: list[Problem] = field(default_factory=list)
-    hold: Callable[[], None] = lambda: None  # the pod stays stopped from here on even if the supervisor dies
-    let_go: Callable[[], None] = lambda: None  # the reverse
+    on_hold: Callable[[], None] = lambda: None  # the pod stays stopped from here on even if the supervisor dies
+    on_let_go: Callable[[], None] = lambda: None  # the reverse
+    holds: int = 0
+
+    def hold(self) -> None:
+        """Something of the pod's is not as it was: keep it stopped, even if the supervisor dies, until `let_go`."""
+        self.holds += 1
+        if self.holds == 1:
+            self.on_hold()
+
+    def let_go(self) -> None:
+        """It is again. Once for each `hold`."""
+        self.holds -= 1
+        if not self.holds:
+            self.on_let_go()
 
     def refuse(self, process: FrozenProcess | None, obj: str, reason: str, hint: str = "") -> None:
         """Note that `obj` can't be saved; the checkpoint will be refused, naming it."""

@@ -25,7 +25,7 @@ from podtree.kernel import fdops
 from podtree.kernel.fdinfo import FdInfo, read_fdinfo
 from podtree.kernel.kcmp import compare_files
 from podtree.kernel.pidfd import pidfd_getfd, pidfd_open
-from podtree.objects import devices, epoll, eventfd, files, memfd, pipes, signalfd, sockets, timerfd, tty
+from podtree.objects import devices, epoll, eventfd, files, inotify, memfd, pipes, signalfd, sockets, timerfd, tty
 from podtree.objects.contents import Contents
 from podtree.objects.context import CollectContext, FrozenProcess, RestoreContext
 from podtree.objects.held import Held, PodView, pod_id
@@ -40,6 +40,7 @@ FileState: TypeAlias = (
     | timerfd.TimerFd
     | signalfd.SignalFd
     | epoll.Epoll
+    | inotify.Inotify
     | memfd.MemoryFile
     | devices.Device
     | tty.TtyStates
@@ -99,7 +100,6 @@ class OpenFile(msgspec.Struct, frozen=True):
 # ----------------------------------------------------------------------------------------------- collect
 
 _UNSAVED = {
-    "inotify": "the watched files can't be found again by name",
     "io_uring": "the rings are shared with the kernel",
     "fanotify": "the marks can't be found again by name",
     "userfaultfd": "faults may be waiting for it",
@@ -127,6 +127,7 @@ class FileTable:
         self._same: dict[tuple[int, int, int], list[Held]] = {}
         self._local: dict[tuple[int, int, int], Held] = {}
         self._locks: dict[int, dict[FileLock, None]] = {}
+        self.watchers = inotify.Watchers(ctx, self.view, self.all)
 
     def add_process(self, process: FrozenProcess) -> list[Fd]:
         """All descriptors of one process; OSError when it vanishes (the pod isn't frozen)."""
@@ -152,20 +153,26 @@ class FileTable:
                 raise Refused(self.ctx.problems) from error
             raise
 
-    def add_local(self, fd: int, display: str, process: FrozenProcess | None = None) -> int:
-        """A file that the engine opened (a mapping's, an executable, a directory); returns its OpenFile id.
+    def add_local(self, fd: int, display: str, access: int | None = None) -> int:
+        """A file that the engine came by (a mapping's, an executable, a directory); returns its OpenFile id.
 
+        `fd` may be O_PATH, so that looking at it tells no watcher of the pod: `access` is then how it is to be opened.
         The same inode with the same access mode is added once. `fd` remains the caller's.
         """
         st = os.fstat(fd)
-        flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+        flags = fcntl.fcntl(fd, fcntl.F_GETFL) if access is None else access
         key = (st.st_dev, st.st_ino, flags & (os.O_ACCMODE | os.O_PATH))
         if key not in self._local:
             link = os.readlink(f"/proc/self/fd/{fd}".encode())
             copy = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 0)
-            held = self._hold(copy, link, read_fdinfo("self", fd), display, process, -1)
+            held = self._hold(copy, link, read_fdinfo("self", fd), display, None, -1)
+            held.flags = flags & ~os.O_CLOEXEC
             self._local[key] = self._register(held)
         return self._local[key].id
+
+    def hush(self) -> None:
+        """Keep the pod's watchers from what is about to be looked at, until `release`. All processes are added."""
+        self.watchers.hush()
 
     def _hold(
         self, fd: int, link: bytes, info: FdInfo, display: str, process: FrozenProcess | None, number: int
@@ -204,6 +211,7 @@ class FileTable:
 
     def finish(self) -> list[OpenFile]:
         """States of all; one that can't be saved is named in ctx.problems and left out."""
+        self.hush()
         states = _States(self).collect()
         result = []
         for held in self.all:
@@ -230,6 +238,9 @@ class FileTable:
         asynchronous = bool(held.flags & os.O_ASYNC)
         if not (host or number or asynchronous):
             return None
+        if host and held.kind == stat.S_IFDIR:
+            held.refuse(self.ctx, "it may be watched by fcntl F_NOTIFY (dnotify), and nobody can tell for what")
+            return None
         inner = pod_id(self.ctx, host) if host else 0
         if host and not inner:
             held.refuse(self.ctx, "its signals (F_SETOWN) go to a process outside of the pod")
@@ -242,6 +253,7 @@ class FileTable:
     def release(self) -> None:
         """Close the supervisor's duplicates; ghosts go too. May be called again."""
         self.drop_ghosts()
+        self.watchers.release()
         for held in self.all:
             os.close(held.fd)
         self.all.clear()
@@ -374,6 +386,8 @@ class _States:
                 self._put(held, signalfd.collect(held))
             case "eventpoll":
                 self.epolls.append(held)
+            case "inotify":
+                self._put(held, self.table.watchers.collect(held, self.table.add_local))
             case _:
                 self._refuse_anonymous(held, name)
 
@@ -435,6 +449,10 @@ def restore_files(entries: list[OpenFile], ctx: RestoreContext, slot_base: int) 
             {e.id: slot_base + e.id for e in entries},
             {e.id for e in entries if isinstance(e.what, signalfd.SignalFd)},
         )
+        inotify.watch_all(
+            [(e.id, e.what) for e in entries if isinstance(e.what, inotify.Inotify)],
+            {e.id: slot_base + e.id for e in entries},
+        )
     except OSError as error:
         raise RestoreFailed(f"a file of the pod can't be opened again: {error}") from error
     deferred = slots.deferred
@@ -478,6 +496,8 @@ def _make_all(
         yield number, timerfd.restore(state, ctx.late_ns(state.read_ns))
     for number, _, state in of(epoll.Epoll):
         yield number, epoll.restore(state)
+    for number, _, state in of(inotify.Inotify):
+        yield number, inotify.restore(state)
     found, needs = tty.restore_ttys(of(tty.PtyMaster, tty.PtySlave, tty.HungUpTty), ctx)
     leads += needs
     yield from found.items()

@@ -92,8 +92,6 @@ class GhostKeeper:
         self.ctx = ctx
         self.view = view
         self.made: dict[tuple[int, int], tuple[str, bool]] = {}  # inode -> name, linked
-        if not ctx.dry_run:
-            sweep(ctx.root_fd)
 
     def save(self, held: Held) -> Ghost:
         """The ghost of an inode that has no usable name; OSError if it can't be made."""
@@ -101,7 +99,9 @@ class GhostKeeper:
             name = f"g{len(self.made)}"
             linked = held.stat.st_nlink > 0
             if not self.ctx.dry_run:
-                make_hidden_directory(self.ctx.root_fd)
+                if not self.made:  # only then: whoever watches / sees us look for them
+                    make_hidden_directory(self.ctx.root_fd)
+                    sweep(self.ctx.root_fd)
                 linked = linked and self._link(held, name.encode())
                 if not linked:
                     self._clone(held, name.encode())
@@ -144,8 +144,9 @@ class GhostKeeper:
 
     def release(self) -> None:
         """After the snapshot: take the ghosts out of the live volume."""
-        if not self.ctx.dry_run:
+        if self.made and not self.ctx.dry_run:
             sweep(self.ctx.root_fd)
+            self.made.clear()
 
 
 def make_hidden_directory(root_fd: int) -> None:
@@ -300,10 +301,17 @@ def restore_file(state: RegularFile | LogFile | PathNode, flags: int, ctx: Resto
 
 
 def restore_ghosts(entries: list[tuple[int, int, Ghost]], ctx: RestoreContext) -> dict[int, int]:
-    """Open all ghosts and remove them from the volume. `entries`: (OpenFile id, flags, state)."""
+    """Open all ghosts and remove them from the volume. `entries`: (OpenFile id, flags, state).
+
+    Those of one name are opened by one dentry: when the last user of an unlinked one is gone the kernel takes the
+    inode for deleted, and tells its watchers (fs/dcache.c, dentry_unlink_inode(), Linux 6.18).
+    """
     result = {}
     root = ctx.root_fd
+    groups: dict[Ghost, list[tuple[int, int]]] = {}
     for number, flags, state in entries:
+        groups.setdefault(state, []).append((number, flags))
+    for state, opened in groups.items():
         if not state.name.isalnum():
             raise Damaged(f"the image has an impossible ghost name: {state.name!r}")
         hidden = HIDDEN + b"/" + state.name.encode()
@@ -313,12 +321,16 @@ def restore_ghosts(entries: list[tuple[int, int, Ghost]], ctx: RestoreContext) -
             raise Damaged(f"the contents of the unlinked file {state.path} are missing in the volume") from error
         if not stat.S_ISREG(st.st_mode) or (not state.linked and st.st_size != state.size):
             raise Damaged(f"the contents of the unlinked file {state.path} are not what was saved")
-        result[number] = _open_ghost(hidden, st, state, flags, root)
+        result.update(_open_ghost(hidden, st, state, opened, root))
     sweep(root)
     return result
 
 
-def _open_ghost(hidden: bytes, st: os.stat_result, state: Ghost, flags: int, root: int) -> int:
+def _open_ghost(
+    hidden: bytes, st: os.stat_result, state: Ghost, opened: list[tuple[int, int]], root: int
+) -> dict[int, int]:
+    """Descriptors by OpenFile id; `opened`: (id, flags)."""
+
     def make(name: bytes) -> None:
         os.link(hidden, name.lstrip(b"/"), src_dir_fd=root, dst_dir_fd=root, follow_symlinks=False)
 
@@ -333,7 +345,7 @@ def _open_ghost(hidden: bytes, st: os.stat_result, state: Ghost, flags: int, roo
             except FileNotFoundError:
                 continue
             if (found.st_dev, found.st_ino) == (st.st_dev, st.st_ino):
-                return open_kind(name, flags, stat.S_IFREG)
+                return {number: open_kind(name, flags, stat.S_IFREG) for number, flags in opened}
     raise RestoreFailed(f"can't give the unlinked file {state.path} a name to open it by")
 
 

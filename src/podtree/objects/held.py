@@ -67,6 +67,12 @@ def walk(base: bytes, device: int) -> Iterator[tuple[bytes, os.stat_result]]:
         pending += reversed(below)
 
 
+def open_in(root: int, path: bytes) -> int:
+    """An O_PATH descriptor of what `path` names where `root` is "/"; a symbolic link at its end is not followed."""
+    resolve = mount.Resolve.IN_ROOT | mount.Resolve.NO_MAGICLINKS
+    return mount.openat2(root, os.fsdecode(path.lstrip(b"/") or b"."), os.O_PATH | os.O_NOFOLLOW, resolve)
+
+
 @dataclass(slots=True, eq=False)
 class Held:
     """One open file description of the pod, and the supervisor's duplicate of it."""
@@ -147,14 +153,13 @@ class PodView:
             self._found[path] = self._lookup(path)
         return self._found[path]
 
+    def open(self, path: bytes) -> int:
+        """An O_PATH descriptor of what is there now; likewise. OSError if nothing is."""
+        return open_in(self.root, path)
+
     def _lookup(self, path: bytes) -> os.stat_result | None:
         try:
-            fd = mount.openat2(
-                self.root,
-                os.fsdecode(path.lstrip(b"/") or b"."),
-                os.O_PATH | os.O_NOFOLLOW,
-                _INSIDE,
-            )
+            fd = self.open(path)
         except OSError:
             return None
         try:

@@ -72,17 +72,12 @@ def classify(held: Held, view: PodView) -> MemoryKind | None:
 
 def collect(held: Held, kind: MemoryKind, ctx: CollectContext, saved: Contents) -> MemoryFile | None:
     """State of a memory file; its contents are captured. None when refused."""
-    try:
-        seals = fcntl.fcntl(held.fd, fdops.F_GET_SEALS)
-    except OSError as error:
-        if error.errno != errno.EINVAL or kind is MemoryKind.MEMFD:
-            raise
-        seals = 0
     if os.fstatvfs(held.fd).f_bsize != PAGE_SIZE:
         held.refuse(ctx, HUGE, HUGE_HINT)
         return None
-    readable = held.fd if held.readable else fdops.reopen(held.fd, os.O_RDONLY)
+    readable = held.fd if held.process and held.readable else fdops.reopen(held.fd, os.O_RDONLY)
     try:
+        seals = _seals(readable, kind)
         key = saved.key_for(readable, kind.value)
         if not ctx.dry_run:
             saved.capture(key, readable)
@@ -101,6 +96,15 @@ def collect(held: Held, kind: MemoryKind, ctx: CollectContext, saved: Contents) 
         mtime=held.stat.st_mtime_ns,
         seals=seals,
     )
+
+
+def _seals(fd: int, kind: MemoryKind) -> int:
+    try:
+        return int(fcntl.fcntl(fd, fdops.F_GET_SEALS))
+    except OSError as error:
+        if error.errno != errno.EINVAL or kind is MemoryKind.MEMFD:
+            raise
+        return 0
 
 
 # ----------------------------------------------------------------------------------------------- restore

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import resource
 import signal
 import socket
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -22,7 +24,7 @@ from podtree.kernel import procfs, ptrace, userfaultfd
 from podtree.kernel.namespaces import Clone, clone_python, setns
 from podtree.kernel.pidfd import pidfd_getfd, pidfd_open
 from podtree.kernel.sys import NR, syscall
-from podtree.objects import sysvipc, tmpfs
+from podtree.objects import inotify, sysvipc, tmpfs
 from podtree.objects.context import RestoreContext
 from podtree.objects.descriptors import Deferred, restore_files
 from podtree.objects.memory import free_gap
@@ -251,6 +253,38 @@ def _grow(
 
     tree = Tree(layout.arena, root_body)
     tree.grow(steps)
+    with _asleep(manifest, launched, layout) as sleepers:
+        restorers = _bring_back(manifest, tree, layout, launched, made, image_fd, clock, run, fillings)
+        sleepers.arm()
+    return restorers, roots
+
+
+@contextlib.contextmanager
+def _asleep(manifest: Manifest, launched: Launched, layout: _Layout) -> Iterator[inotify.Sleepers]:
+    """The pod's inotify watches, which are not to be told of the restore."""
+    instances = [(f.id, f.what) for f in manifest.files if isinstance(f.what, inotify.Inotify)]
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    raise_descriptor_limit()
+    sleepers = inotify.Sleepers(instances, lambda file: pidfd_getfd(launched.init_pidfd, layout.slot_base + file))
+    try:
+        yield sleepers
+    finally:
+        sleepers.close()
+        resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+
+
+def _bring_back(
+    manifest: Manifest,
+    tree: Tree,
+    layout: _Layout,
+    launched: Launched,
+    made: _Made,
+    image_fd: int,
+    clock: ClockOffsets,
+    run: Path,
+    fillings: list[Filling],
+) -> list[ProcessRestorer]:
+    """Make each process of the tree what it was."""
     _check_cpu(manifest, launched.init_pid)
     places = [p.place for p in manifest.processes]
     tree.verify(places)
@@ -288,7 +322,7 @@ def _grow(
         children = [r.process for r in restorers if r.process.place.ppid == restorer.pid]
         restorer.hear_of_children(children)
         restorer.finish()
-    return restorers, roots
+    return restorers
 
 
 def _first_holders(manifest: Manifest) -> dict[tuple[int, int], int]:
