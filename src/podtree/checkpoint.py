@@ -22,7 +22,7 @@ import msgspec
 from podtree import collect
 from podtree.collect import ProcessView
 from podtree.errors import Problem, Refused, RestoreFailed
-from podtree.freeze import Frozen, Restarts, freeze
+from podtree.freeze import Frozen, Restarts, Stragglers, freeze
 from podtree.image import manifest as manifest_file
 from podtree.image import pages
 from podtree.image.manifest import Clock, Manifest, StdioSet
@@ -36,6 +36,7 @@ from podtree.objects.descriptors import FileTable
 from podtree.objects.memory import ScannedPages
 from podtree.pod.live import INIT, LivePod
 from podtree.restore import pager
+from podtree.restore.pager import Filling
 from podtree.script import vdso
 
 PRECOPY_BYTES = 32 << 20  # address spaces with more unsaved memory are copied before the pod is stopped
@@ -94,6 +95,11 @@ class Checkpointer:
         self._arena = bytearray()  # for changed pages of shared memory
         os.makedirs(live.img_dir / "mem", mode=0o700, exist_ok=True)
         os.makedirs(live.img_dir / "shm", mode=0o700, exist_ok=True)
+
+    @property
+    def stragglers(self) -> Stragglers:
+        """Tasks that a freeze left traced: the caller has to look after them from time to time."""
+        return self._restarts.stragglers
 
     # --- the verbs
 
@@ -236,24 +242,34 @@ class Checkpointer:
     def settle_memory(self) -> None:
         """Wait until all memory of a restored pod is there, and cut it loose from what brought it in.
 
-        Before that no checkpoint can be taken. Raises RestoreFailed when it can't come: the pod is ended then.
+        Before that no checkpoint can be taken. Raises Refused if the pod can't be stopped just now: it goes on, and
+        this is to be tried again. Raises RestoreFailed when its memory can't come: the pod is ended then.
         """
-        filling, self.live.filling = self.live.filling, None
+        filling = self.live.filling
         if filling is None:
             return
         try:
             filling.wait()
-            frozen = self._freeze()
-            try:
-                collect.close_leftovers(frozen)
-            finally:
-                self._release(frozen)
-        except BaseException:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self.live.init_pid, signal.SIGKILL)
-            filling.abandon()
+        except RestoreFailed:
+            self._end_filling(filling)
             raise
+        frozen = self._freeze()
+        try:
+            collect.close_leftovers(frozen)
+        except BaseException:
+            self._end_filling(filling)
+            raise
+        finally:
+            self._release(frozen)
+        self.live.filling = None
         filling.settled()
+
+    def _end_filling(self, filling: Filling) -> None:
+        """End the pod: there is memory that it can't get."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.live.init_pid, signal.SIGKILL)
+        self.live.filling = None
+        filling.abandon()
 
     def close(self) -> None:
         """Stop tracking; the pod goes on, or has ended."""

@@ -22,13 +22,16 @@ from podtree.script import stub
 from podtree.script.task import NO_SYSCALL
 from podtree.script.vdso import leave_stub
 
-OPTIONS = (
+#: What a task is seized with. Not PTRACE_O_SUSPEND_SECCOMP: from the seizing to its stop the program still runs, and
+#: could make any system call that its filter forbids.
+SEIZE_OPTIONS = (
     ptrace.PTRACE_O_TRACESYSGOOD
     | ptrace.PTRACE_O_TRACEFORK
     | ptrace.PTRACE_O_TRACEVFORK
     | ptrace.PTRACE_O_TRACECLONE
-    | ptrace.PTRACE_O_SUSPEND_SECCOMP
 )
+OPTIONS = SEIZE_OPTIONS | ptrace.PTRACE_O_SUSPEND_SECCOMP  # once it is stopped: for scripts
+GRACE_S = 0.02  # for what is on the way to its stop when a freeze is given up
 STOP_PATIENCE_S = 0.2  # a task that doesn't stop within this is in the middle of vfork(2) or of slow I/O
 ATTEMPTS = 25
 
@@ -84,18 +87,68 @@ class NotStopped(Exception):
         super().__init__(f"task {tid} did not stop")
 
 
+class Stragglers:
+    """Tasks that could not be let go of, because only a stopped one can be (ptrace(2), PTRACE_DETACH).
+
+    One that waits uninterruptibly (vfork(2), slow I/O) stops when that is over; one that was killed meanwhile has to
+    be reaped by its tracer before its parent, or the pod's first process, hears of its end.
+    """
+
+    def __init__(self) -> None:
+        self._tids: set[int] = set()
+
+    def __bool__(self) -> bool:
+        return bool(self._tids)
+
+    def add(self, tid: int) -> None:
+        """Note a task that we trace, and that isn't stopped."""
+        self._tids.add(tid)
+
+    def discard(self, tid: int) -> None:
+        """It has stopped, and a freeze has it."""
+        self._tids.discard(tid)
+
+    def look(self, timeout_s: float = 0) -> bool:
+        """Let go of those that have stopped or ended meanwhile; whether some are left after `timeout_s`."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            self._tids = {tid for tid in self._tids if not _let_go(tid)}
+            if not self._tids or time.monotonic() >= deadline:
+                return bool(self._tids)
+            time.sleep(0.0005)
+
+
+def _let_go(tid: int) -> bool:
+    """Detach a traced task if it is stopped, reap it if it has ended; False if it is neither yet."""
+    try:
+        stop = ptrace.poll(tid)
+    except ChildProcessError:
+        return True
+    if stop is None:
+        return False
+    if not stop.exited:
+        try:
+            ptrace.detach(tid, 0 if stop.event or stop.is_syscall else stop.signal)
+        except ProcessLookupError:  # it was killed: its end is still to come
+            return False
+    return True
+
+
 @dataclass(slots=True)
 class Frozen:
     """A pod whose tasks are all stopped and traced by this thread."""
 
+    stragglers: Stragglers
     stopped: dict[int, ptrace.Stop] = field(default_factory=dict)  # host tid -> how it stopped
     processes: list[FrozenProcess] = field(default_factory=list)
 
     def release(self) -> None:
-        """Let all tasks go on. Those that are gone meanwhile are passed over."""
+        """Let all tasks go on. Those that were killed meanwhile become stragglers."""
         for tid in self.stopped:
-            with contextlib.suppress(ProcessLookupError):
+            try:
                 ptrace.detach(tid)
+            except ProcessLookupError:
+                self.stragglers.add(tid)
         self.stopped.clear()
         for process in self.processes:
             if process.pidfd >= 0:
@@ -115,41 +168,45 @@ def _alive_threads(pid: int) -> list[int]:
 def _seize_all(frozen: Frozen, list_pids: Callable[[], Iterable[int]]) -> list[int]:
     """Seize and interrupt the tasks that aren't traced yet; returns their ids."""
     fresh: list[int] = []
-    for pid in list_pids():
-        for tid in _alive_threads(pid):
-            if tid in frozen.stopped:
-                continue
-            try:
-                ptrace.seize(tid, OPTIONS)
-            except ProcessLookupError:
-                continue
-            except PermissionError as error:
-                if not _alive_threads(pid):
-                    continue
-                tracer = procfs.status(pid, tid).get("TracerPid", "0")
-                if tracer == str(os.getpid()):  # born traced while we were looking
+    try:
+        for pid in list_pids():
+            for tid in _alive_threads(pid):
+                if tid not in frozen.stopped and _seize(pid, tid):
                     fresh.append(tid)
-                    continue
-                raise _refuse_traced(pid, tid, tracer) from error
-            ptrace.interrupt(tid)
-            fresh.append(tid)
+    except BaseException:
+        for tid in fresh:
+            frozen.stragglers.add(tid)
+        raise
     return fresh
 
 
-def _refuse_traced(pid: int, tid: int, tracer: str) -> Refused:
+def _seize(pid: int, tid: int) -> bool:
+    """Seize and interrupt one task; False if it is gone. Raises Refused if somebody else traces it."""
+    try:
+        ptrace.seize(tid, SEIZE_OPTIONS)
+    except ProcessLookupError:
+        return False
+    except PermissionError as error:
+        if tid not in _alive_threads(pid):
+            return False
+        tracer = procfs.status(pid, tid).get("TracerPid", "0")
+        if tracer != str(os.getpid()):
+            reason = f"is traced by another process (host pid {tracer})"
+            raise _refuse_traced(pid, tid, reason, "end the debugger or strace first") from error
+    try:
+        ptrace.interrupt(tid)
+    except ProcessLookupError:
+        return False
+    except OSError as error:  # EIO: not seized. Neither a newborn nor a straggler: it did it itself
+        reason = "has asked to be traced by its parent (PTRACE_TRACEME), which is outside of the pod"
+        raise _refuse_traced(pid, tid, reason, "") from error
+    return True
+
+
+def _refuse_traced(pid: int, tid: int, reason: str, hint: str) -> Refused:
     comm = procfs.read_text(f"/proc/{pid}/task/{tid}/comm").strip()
     inner = procfs.ns_pids(procfs.status(pid))[-1]
-    return Refused(
-        [
-            Problem(
-                pid=inner,
-                comm=comm,
-                object="ptrace",
-                reason=f"is traced by another process (host pid {tracer})",
-                hint="end the debugger or strace first",
-            )
-        ]
-    )
+    return Refused([Problem(pid=inner, comm=comm, object="ptrace", reason=reason, hint=hint)])
 
 
 def _await_stop(frozen: Frozen, tid: int, deadline: float) -> list[int]:
@@ -170,16 +227,16 @@ def _await_stop(frozen: Frozen, tid: int, deadline: float) -> list[int]:
             continue
         if stop.exited:
             return born
-        if stop.is_interrupt:
-            frozen.stopped[tid] = stop
-            return born
-        if stop.event in (ptrace.PTRACE_EVENT_FORK, ptrace.PTRACE_EVENT_VFORK, ptrace.PTRACE_EVENT_CLONE):
-            born.append(ptrace.event_message(tid))
-            ptrace.cont(tid)
-        elif stop.event:
-            ptrace.cont(tid)
-        else:
-            ptrace.cont(tid, stop.signal)  # signal-delivery-stop: deliver, then it traps
+        with contextlib.suppress(ProcessLookupError):  # killed: the next stop that we hear of is its end
+            if stop.is_interrupt:
+                ptrace.set_options(tid, OPTIONS)
+                frozen.stopped[tid] = stop
+                frozen.stragglers.discard(tid)
+                return born
+            if stop.event in (ptrace.PTRACE_EVENT_FORK, ptrace.PTRACE_EVENT_VFORK, ptrace.PTRACE_EVENT_CLONE):
+                born.append(ptrace.event_message(tid))
+            # what isn't an event is a signal-delivery-stop: deliver, then it traps
+            ptrace.cont(tid, 0 if stop.event else stop.signal)
 
 
 def _try_freeze(frozen: Frozen, list_pids: Callable[[], Iterable[int]]) -> None:
@@ -195,44 +252,22 @@ def _try_freeze(frozen: Frozen, list_pids: Callable[[], Iterable[int]]) -> None:
                 waiting.pop(0)
                 waiting += [t for t in born if t not in frozen.stopped and t not in waiting]
     except BaseException:
-        _let_go(frozen, waiting)
+        for tid in waiting:
+            frozen.stragglers.add(tid)
+        frozen.release()
+        frozen.stragglers.look(GRACE_S)
         raise
-
-
-def _let_go(frozen: Frozen, waiting: list[int]) -> None:
-    """Undo a freeze that didn't succeed: also the tasks that haven't stopped must lose their tracer."""
-    frozen.release()
-    for tid in waiting:
-        _detach_running(tid)
-
-
-def _detach_running(tid: int) -> None:
-    """Detach a task that has been interrupted but hasn't stopped yet, as soon as it does."""
-    while True:
-        try:
-            stop = ptrace.poll(tid)
-        except ChildProcessError:
-            return
-        if stop is None:
-            time.sleep(0.0005)
-            continue
-        if stop.exited:
-            return
-        with contextlib.suppress(ProcessLookupError):
-            ptrace.detach(tid, 0 if stop.event or stop.is_syscall else stop.signal)
-        if stop.event in (ptrace.PTRACE_EVENT_FORK, ptrace.PTRACE_EVENT_VFORK, ptrace.PTRACE_EVENT_CLONE):
-            pass
-        return
 
 
 def freeze(list_pids: Callable[[], Iterable[int]], restarts: Restarts) -> Frozen:
     """Stop all tasks of a pod. `list_pids` gives the host pids of its processes at the moment.
 
-    Raises Refused if a task can't be stopped; nothing is stopped then.
+    Raises Refused if a task can't be stopped; nothing is stopped then, and what is on its way to a stop is among
+    `restarts.stragglers`, which have to be looked after.
     """
     restarts.note_sleepers(list_pids())
     for attempt in range(ATTEMPTS):
-        frozen = Frozen()
+        frozen = Frozen(restarts.stragglers)
         try:
             _try_freeze(frozen, list_pids)
         except NotStopped as stuck:
@@ -248,6 +283,9 @@ def freeze(list_pids: Callable[[], Iterable[int]], restarts: Restarts) -> Frozen
         try:
             frozen.processes = _describe(frozen, _with_zombies(list_pids()), restarts)
             restarts.forget(set(frozen.stopped))
+        except ProcessLookupError:  # something was killed, or replaced itself by execve(2) from a thread
+            frozen.release()
+            continue
         except BaseException:
             frozen.release()
             raise
@@ -359,9 +397,10 @@ def _scheduler_lags(cpus: set[int]) -> dict[int, int]:
 
 
 class Restarts:
-    """What has to be remembered from stop to stop about system calls that our stops interrupt."""
+    """What has to be remembered from stop to stop: of system calls that our stops interrupt, and of stragglers."""
 
     def __init__(self) -> None:
+        self.stragglers = Stragglers()
         self._calls: dict[int, tuple[int, int, int]] = {}  # tid -> call, rip, rsp
         self._channels: dict[int, str] = {}  # tid -> where in the kernel it waits, if in restart_syscall(2)
         self._asleep: dict[int, int] = {}  # tid -> CLOCK_MONOTONIC when it went to sleep

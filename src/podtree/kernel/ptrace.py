@@ -10,6 +10,7 @@ import os
 import signal
 import struct
 
+from podtree.kernel import procfs
 from podtree.kernel.sys import NR, syscall
 
 PTRACE_PEEKDATA = 2
@@ -17,6 +18,7 @@ PTRACE_CONT = 7
 PTRACE_KILL = 8
 PTRACE_DETACH = 17
 PTRACE_SYSCALL = 24
+PTRACE_SETOPTIONS = 0x4200
 PTRACE_GETEVENTMSG = 0x4201
 PTRACE_GETREGSET = 0x4204
 PTRACE_SETREGSET = 0x4205
@@ -130,6 +132,11 @@ def _iovec(address: int, length: int) -> ctypes.Array[ctypes.c_char]:
 def seize(tid: int, options: int) -> None:
     """Attach without stopping (PTRACE_SEIZE)."""
     syscall(NR.ptrace, PTRACE_SEIZE, tid, 0, options)
+
+
+def set_options(tid: int, options: int) -> None:
+    """Replace the options of a stopped task (PTRACE_SETOPTIONS)."""
+    syscall(NR.ptrace, PTRACE_SETOPTIONS, tid, 0, options)
 
 
 def interrupt(tid: int) -> None:
@@ -282,32 +289,30 @@ class Stop:
         return f"Stop(status={self.status:#x}, signal={self.signal}, event={self.event}, exited={self.exited})"
 
 
-_ended: dict[int, int] = {}  # wait statuses of tasks that ended while they were waited for here, the latest
-_MOST_ENDED = 4096
-
-
 def wait(tid: int) -> Stop:
-    """Wait for the next stop (or the end) of one traced task."""
-    _, status = os.waitpid(tid, WALL)
-    return _seen(tid, status)
+    """Wait for the next stop, or the end, of one traced task; see `_taken`."""
+    seen = os.waitid(os.P_PID, tid, os.WEXITED | os.WSTOPPED | os.WNOWAIT | WALL)
+    assert seen is not None  # only with WNOHANG
+    return _taken(tid, seen)
 
 
 def poll(tid: int) -> Stop | None:
-    """The next stop if there is one already."""
-    pid, status = os.waitpid(tid, WALL | os.WNOHANG)
-    return _seen(tid, status) if pid else None
+    """As `wait`, if there is something already."""
+    seen = os.waitid(os.P_PID, tid, os.WEXITED | os.WSTOPPED | os.WNOHANG | os.WNOWAIT | WALL)
+    return None if seen is None else _taken(tid, seen)
 
 
-def _seen(tid: int, status: int) -> Stop:
-    stop = Stop(status)
-    if stop.exited:
-        _ended[tid] = status
-        if len(_ended) > _MOST_ENDED:
-            del _ended[next(iter(_ended))]
-    return stop
+def _taken(tid: int, seen: os.waitid_result) -> Stop:
+    """The wait status of `tid`, reaped: but for the end of a child of our own, which is left to whoever waits for it.
+
+    The kernel shows tracer and parent one and the same end; taking it here would lose the exit status.
+    """
+    if seen.si_code in (os.CLD_EXITED, os.CLD_KILLED, os.CLD_DUMPED) and _is_own_child(tid):
+        return Stop(seen.si_status << 8 if seen.si_code == os.CLD_EXITED else seen.si_status)
+    return Stop(os.waitpid(tid, WALL)[1])
 
 
-def take_exit(pid: int) -> int | None:
-    """The wait status of a task that ended while `wait` or `poll` looked: a parent that also traces asks here,
-    since nobody else will be told."""
-    return _ended.pop(pid, None)
+def _is_own_child(tid: int) -> bool:
+    """Whether `tid` is a process (no mere thread) whose parent we are."""
+    status = procfs.status(tid)
+    return int(status["Tgid"]) == tid and int(status["PPid"]) == os.getpid()

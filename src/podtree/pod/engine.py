@@ -53,6 +53,10 @@ class _Lazy:
         except Exception:
             traceback.print_exc()
 
+    def has_stragglers(self) -> bool:
+        """Let go of tasks that a freeze had to leave traced, once they have stopped; whether some are left."""
+        return self._made is not None and bool(self._made.stragglers.look())
+
     def release(self) -> None:
         if self._made is not None:
             self._made.close()

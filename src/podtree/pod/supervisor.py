@@ -18,7 +18,6 @@ from typing import Any
 import msgspec
 
 from podtree.errors import Conflict, PodtreeError, UsageError
-from podtree.kernel import ptrace
 from podtree.kernel.pidfd import has_ended, pidfd_open, pidfd_send_signal
 from podtree.pod import cgroup, engine, hop, keeper, seccomp, wire
 from podtree.pod.cgroup import Cgroup
@@ -35,6 +34,8 @@ from podtree.pool.records import PodState
 
 _LINGER_S = 10.0  # how long an attached client may take to fetch the last of the output
 _RETRY_S = 3.0
+_END_S = 60.0  # how long the processes of a pod may take to end, once they are killed
+_STRAGGLERS_S = 0.01
 _REPORT_S = 2.0  # how long it may take from entering a pod to execve
 
 
@@ -70,6 +71,7 @@ class Supervisor:
         self._waiting: list[Connection] = []
         self._serial = 0
         self._finished = False
+        self._looking = False  # after stragglers, by a timer
 
     # ---- beginning
 
@@ -151,10 +153,25 @@ class Supervisor:
         def filled() -> None:
             self.loop.forget(fd)
             os.close(fd)
-            if self.checkpointer is not None:
-                self.checkpointer.settle()
+            self._settle_memory()
 
         self.loop.watch(fd, read=filled)
+
+    def _settle_memory(self) -> None:
+        if self.checkpointer is not None:
+            self.checkpointer.settle()
+            if self.live is not None and self.live.filling is not None:  # it couldn't be stopped just now
+                self.loop.later(_RETRY_S, self._settle_memory)
+
+    def look_after_stragglers(self) -> None:
+        """Now, and again as long as a freeze has left tasks that can't be let go of yet."""
+        if not self._looking and self.checkpointer is not None and self.checkpointer.has_stragglers():
+            self._looking = True
+            self.loop.later(_STRAGGLERS_S, self._look_again)
+
+    def _look_again(self) -> None:
+        self._looking = False
+        self.look_after_stragglers()
 
     def _note_running(self, live: LivePod) -> None:
         """Tell the index, now or, when it is busy or its disk is full, later: the pod comes first."""
@@ -212,6 +229,7 @@ class Supervisor:
             )
         )  # fmt: skip
         self.checkpointer.recover()
+        self.look_after_stragglers()
         self._listen()
 
     def _adopt_ended(self, group: Cgroup) -> None:
@@ -296,6 +314,7 @@ class Supervisor:
             if not isinstance(error, PodtreeError | OSError):
                 traceback.print_exc()
             client.send(wire.encode_error(error))
+        self.look_after_stragglers()
 
     def running(self) -> LivePod:
         """The pod; raises Conflict when it has ended."""
@@ -481,13 +500,10 @@ class Supervisor:
         try:
             _, status = os.waitpid(pid, 0)
         except ChildProcessError:
-            ended = ptrace.take_exit(pid)  # in the middle of a checkpoint
-            if ended is None:
-                deadline = time.monotonic() + 2
-                while (code := keeper.read_exit(noted)) is None and time.monotonic() < deadline:
-                    time.sleep(0.005)
-                return 255 if code is None else code
-            status = ended
+            deadline = time.monotonic() + 2
+            while (code := keeper.read_exit(noted)) is None and time.monotonic() < deadline:
+                time.sleep(0.005)
+            return 255 if code is None else code
         code = os.waitstatus_to_exitcode(status)
         if noted.name == "exit.json":
             keeper.write_exit(noted, status)
@@ -498,7 +514,9 @@ class Supervisor:
         live = self.running()
         with contextlib.suppress(ProcessLookupError):
             pidfd_send_signal(live.init_pidfd, signal.SIGKILL)
-        has_ended(live.init_pidfd, 60)
+        deadline = time.monotonic() + _END_S
+        while not has_ended(live.init_pidfd, _STRAGGLERS_S) and time.monotonic() < deadline:
+            self.checkpointer.has_stragglers()
         self._release(self._reap(live.init_pid, self.dirs.pod / "exit.json"))
 
     def _init_ended(self) -> None:

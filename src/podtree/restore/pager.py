@@ -162,6 +162,7 @@ class Filling:
         self._pid = pid
         self._link = link
         self._uffds = uffds
+        self._all_there = False
 
     def fileno(self) -> int:
         """Readable when `wait` won't wait, and once this is closed."""
@@ -169,8 +170,9 @@ class Filling:
 
     def wait(self) -> None:
         """Until all pages are there. Raises RestoreFailed if the pager has died: the pod must be ended."""
-        if self._link.recv(1) != _DONE:
+        if not self._all_there and self._link.recv(1) != _DONE:
             raise RestoreFailed("the process that brought in the pod's memory was killed: the pod can't go on")
+        self._all_there = True
 
     def settled(self) -> None:
         """Nobody's memory depends on the pager any more: no process has a descriptor of its userfaultfds."""

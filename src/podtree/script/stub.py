@@ -28,7 +28,9 @@ SIZE = 0x1A0  # code and save area
 
 TABLE_HEADER = 64
 TABLE_ENTRY = 64
-WAIT_SECONDS = 2  # how long a finished script waits for its tracer before the task goes on by itself
+#: How long a finished script waits for its tracer before the task goes on by itself. Long: a tracer that lives but
+#: isn't given the CPU for so long would have let a program run with its seccomp filter suspended.
+WAIT_SECONDS = 10
 
 # include/linux/errno.h: what a system call that wants restarting leaves in rax
 ERESTARTSYS, ERESTARTNOINTR, ERESTARTNOHAND, ERESTART_RESTARTBLOCK = 512, 513, 514, 516
