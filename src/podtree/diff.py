@@ -20,6 +20,7 @@ from podtree.image import manifest as manifest_file
 from podtree.image.manifest import Manifest
 from podtree.image.pages import Run, load_map, subtract_runs
 from podtree.objects.descriptors import FileState
+from podtree.objects.held import path_bytes
 from podtree.objects.processes import Process
 
 HIDDEN = ".podtree"
@@ -127,8 +128,11 @@ def _describe(what: FileState, pos: int) -> str:
     data = msgspec.to_builtins(what)
     kind = data.pop("type", type(what).__name__)
     for name in ("path", "name", "local", "number", "index"):
-        if data.get(name) not in (None, ""):
-            return f"{kind} {data[name]}" + (f" @{pos}" if pos else "")
+        value = data.get(name)
+        if value not in (None, ""):
+            if name in ("path", "name"):
+                value = _readable(path_bytes(value))
+            return f"{kind} {value}" + (f" @{pos}" if pos else "")
     return str(kind) + (f" @{pos}" if pos else "")
 
 
@@ -205,7 +209,8 @@ def _files(before: Snapshot, after: Snapshot) -> Iterator[FileChange]:
         if exists and b is not None and stat.S_ISDIR(b.st_mode) and existed:
             continue  # a directory's own entry changes with what is in it
         if exists or existed:
-            yield FileChange("/" + path, "changed" if exists and existed else "added" if exists else "removed", size)
+            state = "changed" if exists and existed else "added" if exists else "removed"
+            yield FileChange("/" + _readable(os.fsencode(path)), state, size)
 
 
 def _walk(top: Path) -> Iterator[tuple[str, os.stat_result]]:
@@ -221,6 +226,11 @@ def _walk(top: Path) -> Iterator[tuple[str, os.stat_result]]:
                 yield name, entry.stat(follow_symlinks=False)
                 if entry.is_dir(follow_symlinks=False):
                     stack.append(name)
+
+
+def _readable(path: bytes) -> str:
+    """A path as text; bytes that are no UTF-8 as \\xNN."""
+    return path.decode(errors="backslashreplace")
 
 
 def _is_whiteout(info: os.stat_result) -> bool:

@@ -8,14 +8,34 @@ from __future__ import annotations
 import msgspec
 
 
+def printable(text: str) -> str:
+    """The text with all that isn't printable escaped: what a pod or an image says must not drive a terminal.
+
+    Bytes that are no UTF-8, which Python holds as surrogates, become \\xNN; they could not be encoded.
+    """
+    return text if text.isprintable() else "".join(c if c.isprintable() else _escaped(c) for c in text)
+
+
+def _escaped(character: str) -> str:
+    code = ord(character)
+    return f"\\x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else character.encode("unicode_escape").decode()
+
+
 class Problem(msgspec.Struct, frozen=True, kw_only=True):
-    """One object that can't be saved: whose it is, what it is, why, and what to do."""
+    """One object that can't be saved: whose it is, what it is, why, and what to do.
+
+    Names that a pod's programs chose may be in any of the texts, which are made printable.
+    """
 
     pid: int  # inside the pod; 0 when it belongs to no single process
     comm: str
     object: str  # "fd 5 (io_uring)", "mapping 7f00-7f10", "pod"
     reason: str
     hint: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("comm", "object", "reason", "hint"):
+            msgspec.structs.force_setattr(self, name, printable(getattr(self, name)))
 
     def __str__(self) -> str:
         who = f"process {self.pid} ({self.comm}), " if self.pid else ""

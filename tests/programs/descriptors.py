@@ -8,6 +8,7 @@ import os
 import pty
 import select
 import signal
+import socket
 import stat
 import struct
 import termios
@@ -98,8 +99,6 @@ def sharing() -> None:
 @case
 def passed_from_afar() -> None:
     """A description shared by cousins that got it through a socket, with numbers of their own."""
-    import socket
-
     left, right = socket.socketpair()
     Path("data").write_bytes(pattern(5000, 3))
 
@@ -235,6 +234,42 @@ def renamed() -> None:
     equal("path", os.readlink(f"/proc/self/fd/{fd}"), os.path.abspath("new/other"))
     os.pwrite(fd, b"T", 0)
     equal("content", Path("new/other").read_bytes(), b"Text")
+
+
+@case
+def names_that_are_no_text() -> None:
+    """Names of every kind with bytes that are no UTF-8: of the process, and of what it has open."""
+    Path("/proc/self/comm").write_bytes(b"\xff\xfe odd")
+    os.mkdir(b"\xff")
+    os.chdir(b"\xff")
+    for name in (b"kept\xff", b"gone\xff"):
+        Path(os.fsdecode(name)).write_bytes(name)
+        os.mkfifo(name + b".fifo")
+        os.mkdir(name + b".dir")
+    fds = {name: os.open(name, os.O_RDWR) for name in (b"kept\xff", b"gone\xff", b"kept\xff.fifo", b"gone\xff.fifo")}
+    fds |= {name: os.open(name, os.O_RDONLY) for name in (b"kept\xff.dir", b"gone\xff.dir")}
+    memory = os.open(b"/dev/shm/\xff%d" % os.getpid(), os.O_RDWR | os.O_CREAT)
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(os.path.abspath(b"\xff.socket"))
+    listener.listen()
+    abstract = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    abstract.bind(b"\0\xff%d" % os.getpid())
+    os.unlink(b"gone\xff")
+    os.unlink(b"gone\xff.fifo")
+    os.rmdir(b"gone\xff.dir")
+
+    def facts() -> list[object]:
+        links = [os.readlink(b"/proc/self/fd/%d" % fd) for fd in (*fds.values(), memory)]
+        return [links, os.getcwdb(), listener.getsockname(), abstract.getsockname()]
+
+    before = facts()
+    frozen()
+    equal("names", facts(), before)
+    equal("name of the process", Path("/proc/self/comm").read_bytes(), b"\xff\xfe odd\n")
+    equal("unlinked file", os.pread(fds[b"gone\xff"], 100, 0), b"gone\xff")
+    client = socket.socket(socket.AF_UNIX)
+    client.connect(os.path.abspath(b"\xff.socket"))
+    os.unlink(b"/dev/shm/\xff%d" % os.getpid())
 
 
 @case

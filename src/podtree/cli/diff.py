@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from podtree.cli import common
+from podtree.errors import printable
 
 if TYPE_CHECKING:
     from podtree.diff import Difference
@@ -42,11 +43,12 @@ def _print(result: Difference) -> None:
         changed = process.pages_changed + process.pages_added
         memory = f"{changed} pages ({changed * PAGE_SIZE >> 10} KiB) of memory changed"
         gone = f", {process.pages_removed} freed" if process.pages_removed else ""
-        click.echo(f"process {process.pid} ({process.comm}) {process.state}: {threads}, {memory}{gone}")
+        click.echo(f"process {process.pid} ({printable(process.comm)}) {process.state}: {threads}, {memory}{gone}")
         for descriptor in process.descriptors:
-            click.echo(f"    fd {descriptor.fd}: {descriptor.before or '-'} -> {descriptor.after or '-'}")
+            change = f"{descriptor.before or '-'} -> {descriptor.after or '-'}"
+            click.echo(f"    fd {descriptor.fd}: {printable(change)}")
     for file in result.files:
         sign = {"added": "A", "changed": "M", "removed": "D"}[file.state]
-        click.echo(f"{sign} {file.path}" + (f" ({file.size} bytes)" if file.state != "removed" else ""))
+        click.echo(f"{sign} {printable(file.path)}" + (f" ({file.size} bytes)" if file.state != "removed" else ""))
 
 

@@ -8,10 +8,10 @@ import sys
 import click
 import msgspec
 
-from podtree.errors import Damaged
+from podtree.errors import Damaged, printable
 from podtree.pool.pool import Pool
 from podtree.pool.records import CheckpointRecord
-from podtree.pool.view import printable, size
+from podtree.pool.view import size
 
 
 @click.command("fsck")

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from podtree.errors import PodtreeError, UsageError
+from podtree.errors import PodtreeError, UsageError, printable
 
 _VERBS = {
     "run": "Run a command in a new pod.",
@@ -125,7 +125,9 @@ def _report(error: PodtreeError) -> int:
         import msgspec
 
         problems = [msgspec.to_builtins(p) for p in getattr(error, "problems", [])]
-        data: dict[str, Any] = {"error": error.message, "hint": error.hint, "problems": problems}
+        data: dict[str, Any] = {
+            "error": printable(error.message), "hint": printable(error.hint), "problems": problems,
+        }  # fmt: skip
         click.echo(msgspec.json.encode(data).decode())
     else:
         click.echo(f"podtree: {_printable(error.message)}", err=True)
@@ -136,8 +138,6 @@ def _report(error: PodtreeError) -> int:
 
 def _printable(text: str) -> str:
     """Names come from pods, and must not drive the terminal; line ends are the message's own."""
-    from podtree.pool.view import printable
-
     return "\n".join(printable(line) for line in text.split("\n"))
 
 

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 import click
 
 from podtree.cli import common
+from podtree.errors import printable
 from podtree.pool.records import PodRecord
 
 
@@ -48,8 +49,7 @@ def _row(pod: PodRecord) -> tuple[str, ...]:
     text = shlex.join(pod.spec.get("argv", ()))
     shown = text if len(text) <= 40 else text[:37] + "..."
     pid = str(pod.init_pid) if pod.is_running and pod.init_pid else "-"
-    shown = "".join(c if c.isprintable() else "?" for c in shown)
-    return (pod.name, pod.id, state, pid, _ago(pod.created), pod.parent or "-", shown)
+    return (pod.name, pod.id, state, pid, _ago(pod.created), pod.parent or "-", printable(shown))
 
 
 def _ago(when: datetime) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from podtree.errors import NotFound
+from podtree.errors import NotFound, printable
 from podtree.pool import view
 from podtree.pool.pool import Pool
 from podtree.pool.records import CheckpointRecord, PodRecord
@@ -79,7 +79,7 @@ def _text(key: str, value: Any) -> str:
         return view.size(value)
     if isinstance(value, dict):
         return "  ".join(
-            f"{view.printable(name)}={_word(entry)}"
+            f"{printable(name)}={_word(entry)}"
             for name, entry in value.items()
             if entry not in (None, False, "", [], {})
         )
@@ -88,7 +88,7 @@ def _text(key: str, value: Any) -> str:
 
 def _word(value: Any) -> str:
     if isinstance(value, list):
-        return "[" + shlex.join(view.printable(str(entry)) for entry in value) + "]"
+        return "[" + shlex.join(printable(str(entry)) for entry in value) + "]"
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{view.printable(str(name))}={_word(entry)}" for name, entry in value.items()) + "}"
-    return view.printable(str(value))
+        return "{" + ", ".join(f"{printable(str(name))}={_word(entry)}" for name, entry in value.items()) + "}"
+    return printable(str(value))

@@ -20,6 +20,7 @@ from podtree.kernel import procfs
 from podtree.kernel import sock as ksock
 from podtree.kernel.sock import Peeked, TcpState
 from podtree.kernel.sockdiag import UnixDiag
+from podtree.objects.held import DELETED, path_text
 from podtree.objects.impersonate import Credentials, peer_pids
 from podtree.objects.socketcommon import RETRY, Entry, SocketBase, Surroundings
 
@@ -253,13 +254,14 @@ class _Collector:
             return None
         try:
             info = os.fstat(fd)
-            path = os.readlink(f"/proc/self/fd/{fd}")
-            if info.st_nlink == 0 or path.endswith(" (deleted)"):
+            link = os.readlink(f"/proc/self/fd/{fd}".encode())
+            if info.st_nlink == 0 or link.endswith(DELETED):
                 return None
+            path = path_text(link)
             if not self._own_mount(entry, fd):
                 self.around.refuse(
                     entry,
-                    f"bound to {path}, in a directory shared with the host: two pods can't both have it",
+                    f"bound to {os.fsdecode(link)}, in a directory shared with the host: two pods can't both have it",
                     "bind it to a path that is not under -v",
                 )
             return SocketFile(

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import shutil
 import socket
 import struct
@@ -24,6 +25,7 @@ from typing import NamedTuple
 
 from podtree.errors import Damaged, RestoreFailed
 from podtree.kernel import mount
+from podtree.objects.held import path_bytes
 from podtree.objects.impersonate import Credentials, run_as
 from podtree.objects.socketcommon import finish
 from podtree.objects.sockopts import set_option
@@ -76,7 +78,7 @@ class Names:
         self._kept: list[_Kept] = []
         self._gone: list[Place] = []  # whose files were unlinked, and are again at the end
         self._beside: list[tuple[int, str]] = []  # directories made beside kept files
-        self._times: dict[str, tuple[int, int, int]] = {}  # parent: descriptor, atime, mtime
+        self._times: dict[bytes, tuple[int, int, int]] = {}  # parent: descriptor, atime, mtime
         self._count = 0
 
     def bind(self, sock: socket.socket, name: bytes, file: SocketFile | None = None) -> Place:
@@ -91,8 +93,8 @@ class Names:
             place = self._bind_below(self._directory(self._nowhere, str(self._count)), sock, name)
             self._gone.append(place)
             return place
-        parent = self._parent(os.path.dirname(file.path))
-        scratch = f".podtree-socket-{self._count}"
+        parent = self._parent(os.path.dirname(path_bytes(file.path)))
+        scratch = f".podtree-{secrets.token_hex(16)}"  # no file of the pod has that name
         self._beside.append((parent, scratch))
         place = self._bind_below(self._directory(parent, scratch), sock, name)
         self._kept.append(_Kept(file, place, parent))
@@ -113,7 +115,7 @@ class Names:
     def settle(self) -> None:
         """Put the files of bound sockets to their places, in the stead of what is there."""
         for file, place, parent in self._kept:
-            name = os.path.basename(file.path)
+            name = os.path.basename(path_bytes(file.path))
             os.chown(place.name, file.uid, file.gid, dir_fd=place.directory, follow_symlinks=False)
             os.chmod(place.name, file.mode, dir_fd=place.directory)
             times = (file.atime_ns, file.mtime_ns)
@@ -143,12 +145,12 @@ class Names:
         self._fds.append(fd)
         return fd
 
-    def _parent(self, path: str) -> int:
+    def _parent(self, path: bytes) -> int:
         if path not in self._times:
             try:
                 fd = self._keep(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
             except OSError as error:
-                raise RestoreFailed(f"a socket was bound in {path}: {error.strerror}") from error
+                raise RestoreFailed(f"a socket was bound in {os.fsdecode(path)}: {error.strerror}") from error
             info = os.fstat(fd)
             self._times[path] = fd, info.st_atime_ns, info.st_mtime_ns
         return self._times[path][0]

@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 
 from podtree import errors
-from podtree.errors import PodtreeError, Problem, Refused
+from podtree.errors import PodtreeError, Problem, Refused, printable
 from podtree.kernel.prctl import Prctl, prctl
 from podtree.kernel.sys import NR, syscall
 
@@ -48,7 +48,7 @@ def encode_error(error: BaseException) -> dict[str, Any]:
     else:
         text, hint, code = f"{type(error).__name__}: {error}", "", 1
     kind = type(error).__name__ if isinstance(error, PodtreeError) else "PodtreeError"
-    return {"error": text, "kind": kind, "hint": hint, "exit_code": code, "problems": problems}
+    return {"error": printable(text), "kind": kind, "hint": printable(hint), "exit_code": code, "problems": problems}
 
 
 def decode_error(data: dict[str, Any]) -> PodtreeError:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from datetime import datetime
 from typing import Any
 
+from podtree.errors import printable
 from podtree.pool.records import CheckpointRecord, PodRecord
 
 
@@ -70,8 +71,3 @@ def checkpoint_line(record: CheckpointRecord, pods: Iterable[PodRecord] = ()) ->
         parts.append(size(written))
     first_line = printable(record.message.partition("\n")[0])
     return "  ".join([*parts, first_line]).rstrip()
-
-
-def printable(text: str) -> str:
-    """The text with control characters escaped: what a pod or an image says must not drive the terminal."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
