@@ -94,3 +94,27 @@ def test_hostile_archive(podtree: Podtree, small_root: Path, tmp_path: Path) -> 
     assert not list(outside.iterdir())
     if done.code == 0:
         assert done.out.startswith("small root") and "disk" not in done.out.split()
+
+
+def test_hidden_directory_of_its_own(podtree: Podtree, small_root: Path, tmp_path: Path) -> None:
+    """What a root has under the name of the pods' hidden directory is neither seen nor touched."""
+    root = tmp_path / "root"
+    shutil.copytree(small_root, root, symlinks=True)
+    (root / ".podtree" / "directory").mkdir(parents=True)
+    (root / ".podtree" / "g0").write_text("mine")
+    pod = podtree.run("sh", "-c", "while :; do read x; done", name="rooted", options=["-i", "--rootfs", root])
+    pod.checkpoint()
+    branch = podtree.branch(f"{pod.name}@1")
+    assert branch.sh("ls -A /.podtree") == ""
+    assert (root / ".podtree" / "g0").read_text() == "mine"
+
+
+def test_link_in_place_of_the_root(podtree: Podtree, small_root: Path, tmp_path: Path) -> None:
+    """The directory that was a pod's root must still be one, and not a link to another."""
+    root = tmp_path / "root"
+    shutil.copytree(small_root, root, symlinks=True)
+    pod = podtree.run("sh", "-c", "while :; do read x; done", name="rooted", options=["-i", "--rootfs", root])
+    pod.checkpoint()
+    root.rename(tmp_path / "away")
+    root.symlink_to("/")
+    assert "symbolic link" in podtree("branch", f"{pod.name}@1", code=None).err

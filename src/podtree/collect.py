@@ -24,6 +24,7 @@ from podtree.objects import memory, processes, scheduling, seccomp, signals, thr
 from podtree.objects.contents import Contents
 from podtree.objects.context import CollectContext, FrozenProcess
 from podtree.objects.descriptors import Fd, FileTable
+from podtree.objects.held import OWN_MQUEUE, OWN_TMPFS
 from podtree.objects.memory import Memory, Vma
 from podtree.objects.processes import Place, Process, Zombie
 from podtree.objects.threads import Thread
@@ -398,26 +399,26 @@ def _equal_pairs(living: list[FrozenProcess], kind: int) -> Iterator[tuple[Froze
 
 
 def collect_tmpfs_mounts(init_pid: int, ctx: CollectContext, contents: Contents) -> tuple[TmpfsMount, ...]:
-    """The contents of the pod's writable memory file systems, by mount point.
+    """The contents of the pod's own memory file systems, by mount point.
 
-    Read-only ones are masks. The pod could have put a link in the way of a mount point: what is opened
-    must be on the device that mountinfo names.
+    Something could lie over a mount point: what is opened must be on the device that mountinfo names.
     """
     found = []
     for mount in mounts_of(init_pid).values():
-        if mount.fstype == "mqueue":
+        point = os.fsdecode(mount.point)
+        if mount.fstype == "mqueue" and point == OWN_MQUEUE:
             for name in os.listdir(f"/proc/{init_pid}/root".encode() + mount.point):
                 queue = f"POSIX message queue /{os.fsdecode(name)}"
                 ctx.refuse(None, queue, "can't be saved", "remove it with mq_unlink(3)")
-        if mount.fstype != "tmpfs" or mount.root != b"/" or b"ro" in mount.options.split(b","):
+        if mount.fstype != "tmpfs" or point not in OWN_TMPFS:
             continue
         path = f"/proc/{init_pid}/root".encode() + mount.point
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
             if os.fstat(fd).st_dev == mount.device:
-                found.append(tmpfs.collect_tmpfs(os.fsdecode(mount.point), fd, ctx, contents))
+                found.append(tmpfs.collect_tmpfs(point, fd, ctx, contents))
             else:
-                ctx.refuse(None, f"tmpfs {os.fsdecode(mount.point)}", "can't be reached: something is in its way")
+                ctx.refuse(None, f"tmpfs {point}", "can't be reached: something is in its way")
         finally:
             os.close(fd)
     return tuple(found)

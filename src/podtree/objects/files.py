@@ -11,6 +11,7 @@ import contextlib
 import errno
 import os
 import re
+import secrets
 import stat
 from collections.abc import Iterable
 
@@ -23,7 +24,7 @@ from podtree.objects.held import PSEUDO, Held, PodView, former_name, path_bytes,
 from podtree.objects.scratch import kept_times, temporary_name
 
 HIDDEN = b".podtree"  # below the volume's root; masked inside of the pod
-_HALFWAY = re.compile(r"\.podtree-g\d+")  # a link on its way there
+_HALFWAY = re.compile(r"halfway-([0-9a-f]{32})")  # in there: the note of a link that is made at the top, to be moved
 COPY_BLOCK = 1 << 20
 
 #: What open(2) may be given again. O_CREAT, O_EXCL, O_NOCTTY and O_TRUNC never show in F_GETFL.
@@ -110,7 +111,8 @@ class GhostKeeper:
         return Ghost(path_text(former_name(held.link)), name, held.stat.st_size, linked)
 
     def _clone(self, held: Held, name: bytes) -> None:
-        source = fdops.reopen(held.fd, os.O_RDONLY | os.O_NOATIME)
+        # Nonblocking: a lease on it (fcntl(2)) isn't waited for.
+        source = fdops.reopen(held.fd, os.O_RDONLY | os.O_NOATIME | os.O_NONBLOCK)
         target = os.open(
             HIDDEN + b"/" + name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=self.ctx.root_fd
         )
@@ -130,16 +132,20 @@ class GhostKeeper:
     def _link(self, held: Held, name: bytes) -> bool:
         """link(2) wants both names on one mount, and the hidden directory can't be reached through the pod's.
 
+        So it goes by way of a name that no file of the pod can have, noted beforehand for whoever has to sweep.
         False for a deleted file of the lower layer: its link count, on the other file system, stays above 0.
         """
-        temporary = b".podtree-" + name  # _HALFWAY
-        root = self.ctx.root_fd
-        with kept_times(b".", root):
-            try:
-                fdops.link_fd(held.fd, self.view.root, os.fsdecode(temporary))
-            except FileNotFoundError:
-                return False
-            os.rename(temporary, HIDDEN + b"/" + name, src_dir_fd=root, dst_dir_fd=root)
+        token, root = secrets.token_hex(16).encode(), self.ctx.root_fd
+        note = HIDDEN + b"/halfway-" + token
+        os.close(os.open(note, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=root))
+        try:
+            with kept_times(b".", root):
+                fdops.link_fd(held.fd, self.view.root, os.fsdecode(_halfway_name(token)))
+                os.rename(_halfway_name(token), HIDDEN + b"/" + name, src_dir_fd=root, dst_dir_fd=root)
+        except FileNotFoundError:
+            return False
+        finally:
+            os.unlink(note, dir_fd=root)
         return True
 
     def release(self) -> None:
@@ -160,13 +166,16 @@ def make_hidden_directory(root_fd: int) -> None:
 
 def sweep(root_fd: int) -> None:
     """Remove all ghosts, also those that a killed checkpoint left."""
-    for name in _names(b".", root_fd):
-        if _HALFWAY.fullmatch(name):
-            with kept_times(b".", root_fd):
-                os.unlink(name, dir_fd=root_fd)
     with contextlib.suppress(FileNotFoundError):
         for name in _names(HIDDEN, root_fd):
+            if half := _HALFWAY.fullmatch(name):
+                with contextlib.suppress(FileNotFoundError), kept_times(b".", root_fd):
+                    os.unlink(_halfway_name(half[1].encode()), dir_fd=root_fd)
             os.unlink(HIDDEN + b"/" + os.fsencode(name), dir_fd=root_fd)
+
+
+def _halfway_name(token: bytes) -> bytes:
+    return b".podtree-" + token
 
 
 def _names(directory: bytes, dir_fd: int) -> list[str]:

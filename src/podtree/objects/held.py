@@ -49,6 +49,12 @@ def path_bytes(text: str) -> bytes:
     return path
 
 
+#: The memory file systems that a pod has for itself (podtree.pod.containment mounts them), by mount point. Its programs
+#: can't mount any; one elsewhere is a directory of the host, shown by -v.
+OWN_TMPFS = ("/dev", "/dev/shm")
+OWN_MQUEUE = "/dev/mqueue"
+
+
 def walk(base: bytes, device: int) -> Iterator[tuple[bytes, os.stat_result]]:
     """(relative path, lstat) of a directory and everything below it on the same file system, parents first."""
     yield TREE_ROOT.encode(), os.stat(base)
@@ -121,7 +127,6 @@ class PodView:
         first = next(p.host_pid for p in ctx.processes if not p.zombie)
         self.mounts = mounts_of(first)
         self.volume_device = os.fstat(ctx.root_fd).st_dev
-        self.host_devices = frozenset(m.device for m in mounts_of("self").values())
         self.root = os.open(f"/proc/{first}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         self._found: dict[bytes, os.stat_result | None] = {}  # nothing moves while the pod is frozen
         self._tmpfs_names: dict[int, dict[int, bytes]] = {}  # device -> inode -> a path
@@ -144,8 +149,8 @@ class PodView:
         return where is not None and where.device == self.volume_device
 
     def on_own_tmpfs(self, where: Mount | None) -> bool:
-        """A tmpfs that is the pod's alone. One that this namespace has too was bound from the host."""
-        return where is not None and where.fstype == "tmpfs" and where.device not in self.host_devices
+        """A tmpfs that is the pod's alone, not one of the host that is shown by -v."""
+        return where is not None and where.fstype == "tmpfs" and os.fsdecode(where.point) in OWN_TMPFS
 
     def lookup(self, path: bytes) -> os.stat_result | None:
         """What is at an absolute path of the pod now; a symbolic link at its end is not followed."""

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
+import secrets
 from collections.abc import Callable, Iterator
 
 from podtree.errors import RestoreFailed
-
-_numbers = itertools.count()
 
 
 @contextlib.contextmanager
@@ -32,7 +30,7 @@ def temporary_name(
     the same in /proc/PID/fd as it did. Raises RestoreFailed if no name can be had.
     """
     error: OSError | None = None
-    for name in (path, b"/.podtree-%d-%d" % (os.getpid(), next(_numbers))):
+    for name in (path, b"/.podtree-" + secrets.token_hex(16).encode()):
         with contextlib.ExitStack() as stack:
             try:
                 stack.enter_context(kept_times(os.path.dirname(name)))

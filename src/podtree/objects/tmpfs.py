@@ -87,7 +87,8 @@ def _collect_entry(
     kind = stat.S_IFMT(st.st_mode)
     size, key, target, device = 0, "", "", (0, 0)
     if kind == stat.S_IFREG:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NOATIME | os.O_CLOEXEC)
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NOATIME | os.O_NONBLOCK | os.O_CLOEXEC  # no wait for a lease
+        fd = os.open(path, flags)
         try:
             size, key = st.st_size, saved.key_for(fd, "tmpfs")
             if capture:

@@ -11,6 +11,8 @@ is itself out of reach. So a node that the pod makes can't be opened, with or wi
 from __future__ import annotations
 
 import contextlib
+import errno
+import glob
 import os
 import shutil
 import stat
@@ -19,12 +21,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from podtree.errors import Damaged, PodtreeError
 from podtree.kernel import mount
-from podtree.kernel.mount import MountAttr
+from podtree.kernel.mount import MountAttr, Resolve
 from podtree.pod.dirs import PodDirs
 from podtree.pod.paths import make_in, open_in
 from podtree.pod.spec import PodSpec, Volume
 
+_OPAQUE = "trusted.overlay.opaque"  # overlayfs.rst: a directory that isn't merged with those below
 HIDDEN = ".podtree"  # at the top of the volume: the unlinked files that a checkpoint keeps
 
 #: File systems of the host that are more than a window on the kernel; mounted elsewhere than on /, each is
@@ -45,6 +49,7 @@ _MASKED_PROC = (
     "timer_stats",
 )  # fmt: skip
 _MASKED_SYS = ("/sys/firmware", "/sys/devices/virtual/powercap")
+_MASKED_CPU = "/sys/devices/system/cpu/cpu*/thermal_throttle"
 _READ_ONLY_PROC = ("bus", "fs", "irq", "sys", "sysrq-trigger")
 _PLAIN = MountAttr.NOSUID | MountAttr.NODEV | MountAttr.NOEXEC
 
@@ -90,6 +95,8 @@ class HostOverlay:
         try:
             made = make_overlay(self.target, self.layer, self.home)
         except OSError:  # an overlay can't lie on just any file system (vfat for one): then it is only shown
+            if self.home.is_relative_to(self.target):  # and nothing could hide the pool
+                raise
             made = mount.clone_tree(self.target)
             mount.set_attributes(made, MountAttr.RDONLY | MountAttr.NOSUID | MountAttr.NODEV)
         with contextlib.suppress(FileNotFoundError):  # the pod has removed the place
@@ -101,21 +108,35 @@ class HostOverlay:
 
 @dataclass(frozen=True)
 class Bind:
-    """Show the host's `volume.source` at `volume.target`."""
+    """Show the host's `volume.source` at `volume.target`, but for the pool in `home`, if it lies in there."""
 
     volume: Volume
+    home: Path
 
     def describe(self) -> str:
         mode = "read-only" if self.volume.read_only else "read-write"
         return f"{self.volume.source} on {self.volume.target}, {mode}"
 
     def execute(self, root: int) -> None:
-        tree = mount.clone_tree(self.volume.source, recursive=True)
+        tree = self._clone_source()
         attrs = MountAttr.NODEV | MountAttr.NOSUID
         if self.volume.read_only:
             attrs |= MountAttr.RDONLY
         mount.set_attributes(tree, attrs, recursive=True)
         _attach_on(tree, root, self.volume.target, directory=stat.S_ISDIR(os.fstat(tree).st_mode))
+        if self.home.is_relative_to(self.volume.source):
+            within = self.home.relative_to(self.volume.source)
+            Mask(os.path.join(self.volume.target, within), symlinks=True).execute(root)
+
+    def _clone_source(self) -> int:
+        source = self.volume.source
+        if Path(source).is_relative_to(self.home):
+            raise PodtreeError(f"-v {source}: what is below {self.home} isn't shown to pods")
+        place = _open_host(source, f"-v {source}")
+        try:
+            return mount.clone_tree("", place, recursive=True)
+        finally:
+            os.close(place)
 
 
 @dataclass(frozen=True)
@@ -149,13 +170,14 @@ class Mask:
     """Put nothing in the place of `target`, where it exists: an empty directory, or /dev/null."""
 
     target: str
+    symlinks: bool = False  # whether there may be any on the way
 
     def describe(self) -> str:
         return f"mask {self.target}"
 
     def execute(self, root: int) -> None:
         with contextlib.suppress(FileNotFoundError):
-            target = open_in(root, self.target, symlinks=False)
+            target = open_in(root, self.target, symlinks=self.symlinks)
             if stat.S_ISDIR(os.fstat(target).st_mode):
                 cover = mount.make_mount("tmpfs", {"size": "0", "mode": "555"}, _PLAIN | MountAttr.RDONLY)
             else:
@@ -186,6 +208,21 @@ class ReadOnly:
             os.close(target)
 
 
+def _open_host(path: str, option: str) -> int:
+    """An O_PATH descriptor of what `option` named on the host. Raises PodtreeError.
+
+    The path had no symbolic links when the pod was made: one that is there now may have been put there by a pod that
+    can write to a directory above it, and would show this one, in a branch, whatever it likes.
+    """
+    try:
+        return mount.openat2(mount.AT_FDCWD, path, os.O_PATH, Resolve.NO_SYMLINKS)
+    except OSError as error:
+        link = error.errno == errno.ELOOP
+        what = "is, or lies behind, a symbolic link now" if link else os.strerror(error.errno or 0)
+        hint = "put back what was there, or make a new pod" if link or error.errno == errno.ENOENT else ""
+        raise PodtreeError(f"{option}: {what}", hint) from error
+
+
 def outer_plan(spec: PodSpec, dirs: PodDirs) -> list[Step]:
     """What the builder mounts, before the overlay becomes its root."""
     steps: list[Step] = []
@@ -204,8 +241,8 @@ def outer_plan(spec: PodSpec, dirs: PodDirs) -> list[Step]:
         NewFileSystem("/dev/mqueue", "mqueue", _PLAIN),
         Mask(f"/{HIDDEN}"),
     ]  # fmt: skip
-    steps += [Mask(path) for path in _MASKED_SYS]
-    steps += [Bind(volume) for volume in spec.volumes]
+    steps += [Mask(path) for path in (*_MASKED_SYS, *sorted(glob.glob(_MASKED_CPU)))]
+    steps += [Bind(volume, dirs.home) for volume in spec.volumes]
     return steps
 
 
@@ -230,10 +267,20 @@ def prepare_volume(spec: PodSpec, dirs: PodDirs) -> None:
     """Give a new volume what the overlay needs: the top directory's mode as below, the hidden directory."""
     upper = dirs.vol / "upper"
     hidden = upper / HIDDEN
+    _expect_directories(dirs.vol, "upper", "mounts")
     upper.mkdir(exist_ok=True)
     if not os.path.lexists(hidden):
         _copy_attributes(Path(spec.rootfs or "/"), upper)
         hidden.mkdir(mode=0o700)
+        os.setxattr(hidden, _OPAQUE, b"y")  # whatever the root below has under that name isn't ours
+
+
+def _expect_directories(place: Path, *names: str) -> None:
+    """Raise Damaged if one of these (of a volume that came with a checkpoint, say) is something else, as a link."""
+    for name in names:
+        with contextlib.suppress(FileNotFoundError):
+            if not stat.S_ISDIR(os.lstat(place / name).st_mode):
+                raise Damaged(f"{name} in the pod's volume is no directory", "podtree fsck")
 
 
 def make_root(spec: PodSpec, dirs: PodDirs) -> tuple[int, int]:
@@ -241,6 +288,8 @@ def make_root(spec: PodSpec, dirs: PodDirs) -> tuple[int, int]:
 
     The clone stays free of whatever gets mounted on the root: through it the hidden directory is reachable.
     """
+    if spec.rootfs is not None:
+        os.close(_open_host(spec.rootfs, f"--rootfs {spec.rootfs}"))
     root = make_overlay(spec.rootfs or "/", dirs.vol, dirs.home)
     place = os.open(dirs.run, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     mount.attach(root, place)
@@ -254,6 +303,8 @@ def make_overlay(lower: str, layer: Path, home: Path) -> int:
     Relative names, so that the pod's /proc/mounts neither tells where the pool is nor differs in a branch.
     redirect_dir: directories of the lower layer can be renamed. xino: one st_dev for all files.
     """
+    _expect_directories(layer.parent, layer.name)
+    _expect_directories(layer, "upper", "work", "veil")
     (layer / "upper").mkdir(parents=True, exist_ok=True)
     (layer / "work").mkdir(exist_ok=True)
     options: dict[str, str | None] = {"upperdir": "upper", "workdir": "work"}

@@ -26,6 +26,7 @@ import msgspec
 
 from podtree.errors import PodtreeError
 from podtree.kernel import mount, tty
+from podtree.kernel.mount import MountAttr
 from podtree.kernel.namespaces import Clone, clone_python, loopback_up, set_time_offsets, unshare
 from podtree.kernel.pidfd import pidfd_open
 from podtree.kernel.prctl import Prctl, prctl
@@ -144,7 +145,7 @@ def launch(
     """
     ours, theirs = socket.socketpair()
     report_r, report_w = os.pipe2(os.O_CLOEXEC)
-    log = os.open(dirs.log, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    log = _open_log(dirs)
     pid = os.fork()
     if pid == 0:
         builder = Builder(spec, dirs, cgroup, log, -1, report_w)
@@ -161,6 +162,17 @@ def launch(
         ours.close()
         os.close(report_r)
         os.waitpid(pid, 0)
+
+
+def _open_log(dirs: PodDirs) -> int:
+    """The pod's log, through a mount of its own: by /proc/PID/fd a pod is told "/log", and not where the pool is."""
+    vol = mount.clone_tree(str(dirs.vol))
+    try:
+        mount.set_attributes(vol, MountAttr.NOSUID | MountAttr.NODEV | MountAttr.NOEXEC)
+        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        return os.open("log", flags, 0o600, dir_fd=vol)
+    finally:
+        os.close(vol)
 
 
 def _receive(channel: socket.socket, report_r: int, builder_pid: int, cgroup: Cgroup) -> Launched:
@@ -192,7 +204,10 @@ def _receive(channel: socket.socket, report_r: int, builder_pid: int, cgroup: Cg
 def _next_message(channel: socket.socket, builder: int) -> tuple[Any, list[int]]:
     """The builder's next message, (None, []) if it failed or is gone; the first process may hold the channel too."""
     readable, _, _ = select.select([channel.fileno(), builder], [], [])
-    return wire.receive(channel) if channel.fileno() in readable else (None, [])
+    if channel.fileno() in readable:
+        with contextlib.suppress(ConnectionResetError):  # it failed with our own message still unread
+            return wire.receive(channel)
+    return None, []
 
 
 def _take_ends(data: dict[str, Any], taken: Any) -> StdioEnds:

@@ -5,7 +5,9 @@ capabilities(7); the set is the default of other container tools.
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 
 from podtree.kernel import caps
 from podtree.kernel.caps import Cap
@@ -19,6 +21,20 @@ DEFAULT_CAPS = frozenset(
         Cap.SETFCAP, Cap.SETPCAP, Cap.NET_BIND_SERVICE, Cap.SYS_CHROOT, Cap.KILL, Cap.AUDIT_WRITE,
     }
 )  # fmt: skip
+
+
+@contextlib.contextmanager
+def limited() -> Iterator[None]:
+    """Scope with no more than a pod's capabilities in effect: for looking at paths that the pod has made.
+
+    A link in them may lead to what only we could open: /proc/kmsg, say.
+    """
+    effective, permitted, inheritable = caps.capget()
+    caps.capset(effective & caps.mask(DEFAULT_CAPS), permitted, inheritable)
+    try:
+        yield
+    finally:
+        caps.capset(effective, permitted, inheritable)
 
 
 def drop(identity: Identity, filter_program: bytes) -> None:

@@ -67,11 +67,13 @@ def become(spec: PodSpec, stdio: PodStdio, report_fd: int, hop_fd: int, filter_p
 
 
 def _execute(spec: PodSpec, stdio: PodStdio, filter_program: bytes) -> NoReturn:
-    identity = users.resolve(spec.user)
+    with privileges.limited():
+        identity = users.resolve(spec.user)
     env = {"HOME": identity.home, "HOSTNAME": spec.hostname, **spec.env}
     os.umask(0o022)
     _own_stdio(stdio, identity)
-    _make_directory(spec.cwd)
+    with privileges.limited():
+        _make_directory(spec.cwd)
     privileges.drop(identity, filter_program)
     try:
         os.chdir(spec.cwd)

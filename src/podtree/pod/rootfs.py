@@ -10,12 +10,15 @@ import contextlib
 import hashlib
 import os
 import shutil
+import sys
 import tarfile
 import tempfile
 from pathlib import Path
 from typing import IO
 
 from podtree.errors import PodtreeError, UsageError
+from podtree.kernel import caps
+from podtree.kernel.caps import Cap
 
 _XATTR = "SCHILY.xattr."  # pax(5) as GNU tar and others extend it
 
@@ -61,6 +64,7 @@ def _in_child(file: IO[bytes], draft: Path, source: str) -> None:
                 first = archive.next()  # imports what the compression needs, while there is a file system
                 os.chroot(draft)
                 os.chdir("/")
+                _lay_down_arms()
                 if first is not None:
                     _unpack(archive)
             code = 0
@@ -74,6 +78,13 @@ def _in_child(file: IO[bytes], draft: Path, source: str) -> None:
     _, status = os.waitpid(pid, 0)
     if status:
         raise PodtreeError(f"--rootfs {source}: unpacking failed: {said}")
+
+
+def _lay_down_arms() -> None:
+    """Keep what unpacking needs and no more: the archive is untrusted, and from here on / is what it says."""
+    sys.meta_path.clear()  # a module that is imported only now would be one of the archive's
+    kept = caps.mask(frozenset({Cap.CHOWN, Cap.DAC_OVERRIDE, Cap.FOWNER, Cap.FSETID, Cap.SETFCAP}))
+    caps.capset(kept, kept, 0)
 
 
 def _unpack(archive: tarfile.TarFile) -> None:
