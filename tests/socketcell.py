@@ -22,14 +22,15 @@ import msgspec
 from podtree.errors import Problem
 from podtree.kernel.namespaces import Clone, loopback_up, unshare
 from podtree.kernel.pidfd import pidfd_getfd, pidfd_open
-from podtree.objects import sockets
+from podtree.objects import insight, sockets
 from podtree.objects.context import CollectContext, FrozenProcess, RestoreContext
 from podtree.objects.sockets import SocketCollector, SocketState
 
 Sockets = dict[str, socket.socket]
 HOME = Path(tempfile.mkdtemp(prefix="socketcell-"))  # a tmpfs of the cell's own is mounted there
 atexit.register(HOME.rmdir)
-TIMEOUT_S = 20
+TIMEOUT_S = 150  # of a cell's process, and
+PATIENCE_S = 60  # of a socket in it: reached only by a failure, however busy the machine
 
 
 def _own_world() -> None:
@@ -75,7 +76,12 @@ class Cell:
         self.problems: list[Problem] = []
 
     def collect(self) -> None:
-        """As a checkpoint does it; then the process runs again."""
+        """As a checkpoint does it, which tries again when a collector asked for kernel memory."""
+        self._collect()
+        if self.problems and insight.prepare():
+            self._collect()
+
+    def _collect(self) -> None:
         pidfd = pidfd_open(self.pid)
         root = os.open("/", os.O_PATH)
         ctx = CollectContext(root, Path("/nowhere"), Path("/nowhere"),
@@ -136,8 +142,8 @@ def frozen(setup: Callable[[], Sockets], check: Callable[[Sockets], None] | None
         os.kill(pid, signal.SIGCONT)
         if not traffic:
             os.write(go, b"g")
-            join(pid, "the original")
-            pid = 0
+            original_pid, pid = pid, 0
+            join(original_pid, "the original")
     finally:
         os.close(told)
         os.close(go)
@@ -165,7 +171,7 @@ def restored(cell: Cell, check: Callable[[Sockets], None], prepare: Callable[[],
         made = {name: socket.socket(fileno=fds[number]) for name, number in cell.names.items()}
         for sock in made.values():
             sock.setblocking(True)
-            sock.settimeout(5)
+            sock.settimeout(PATIENCE_S)
         check(made)
 
     join(child(copy), "the copy")

@@ -17,15 +17,13 @@ from _pytest.mark.structures import ParameterSet
 from driver import PROGRAMS, SYSTEM_PYTHON, Podtree
 from lives import End, cases_of, ends, generations, live_on, start, start_together, verify
 
-PYTHON = ("processes", "descriptors", "watching", "sockets", "signals", "credentials")
+PYTHON = ("processes", "descriptors", "watching", "sockets", "signals", "credentials", "sysvipc")
 COMPILED = ("registers", "blocked", "threads", "mappings")
 ALONE = {  # about the pod's pid 1, all its pids, everything that happens in its shared directories
     ("processes", "tree"), ("processes", "new_pids_go_on"), ("watching", "undisturbed"),
 }  # fmt: skip
 REFUSED = {  # (program, case): the object and the reason that are named
     ("threads", "dead_leader"): ("thread group", "leader thread has ended"),
-    ("sockets", "data_before_accept"): ("fd ", "not accepted yet"),
-    ("sockets", "pending_error"): ("fd ", "error is pending"),
     ("watching", "unread"): ("anon_inode:inotify", "events are unread"),
     ("watching", "directory_notify"): ("/dir", "dnotify"),
 }

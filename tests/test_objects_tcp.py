@@ -19,9 +19,10 @@ import pytest
 
 from podtree.kernel import sock as ksock
 from podtree.kernel.pidfd import pidfd_getfd, pidfd_open
+from podtree.objects import insight
 from podtree.objects import sockets as socket_objects
 from podtree.objects.tcp import TcpSocket
-from socketcell import Sockets, frozen, refused, restored, transplant
+from socketcell import PATIENCE_S, Sockets, frozen, refused, restored, transplant
 
 V4, V6 = socket.AF_INET, socket.AF_INET6
 FAMILIES = [
@@ -36,7 +37,7 @@ FAMILIES = [
 
 def tcp(family: int = V4) -> socket.socket:
     sock = socket.socket(family, socket.SOCK_STREAM)
-    sock.settimeout(5)
+    sock.settimeout(PATIENCE_S)
     return sock
 
 
@@ -52,7 +53,7 @@ def connection(port: int = 7000) -> Sockets:
     client = tcp()
     client.connect(("127.0.0.1", port))
     server, _ = listener.accept()
-    server.settimeout(5)
+    server.settimeout(PATIENCE_S)
     listener.close()
     return {"c": client, "s": server}
 
@@ -71,7 +72,7 @@ def fill(sock: socket.socket, data: bytes) -> int:
     with contextlib.suppress(BlockingIOError):
         while sent < len(data):
             sent += sock.send(data[sent : sent + 65536])
-    sock.settimeout(5)
+    sock.settimeout(PATIENCE_S)
     return sent
 
 
@@ -82,7 +83,7 @@ def test_listener_and_connection(family: int, bound: str, client_family: int, to
         client = tcp(client_family)
         client.connect((to, 7000))
         server, _ = listener.accept()
-        server.settimeout(5)
+        server.settimeout(PATIENCE_S)
         client.send(b"request")
         server.send(b"response")
         low = tcp(client_family)
@@ -127,7 +128,7 @@ def test_full_queues_both_ways() -> None:
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(15)
+            thread.join(PATIENCE_S)
         assert [len(got["s"]), len(got["c"])] == sent
         assert got["s"] == data[: sent[0]] and got["c"] == data[: sent[1]]
 
@@ -235,7 +236,7 @@ def test_not_accepted_yet() -> None:
         got = {}
         for _ in range(3):
             server, address = made["l"].accept()
-            server.settimeout(5)
+            server.settimeout(PATIENCE_S)
             if address == made["w"].getsockname():
                 assert server.recv(10) == b"late"
             else:
@@ -248,38 +249,239 @@ def test_not_accepted_yet() -> None:
     transplant(setup, check)
 
 
-def test_refuses_data_on_an_unaccepted_connection() -> None:
+BLOB = random.Random(9).randbytes(3_000_000)
+
+
+def left(client: socket.socket, how: str) -> None:
+    """What a client does that doesn't wait for the server to accept it."""
+    if how == "shut":
+        client.shutdown(socket.SHUT_WR)
+    elif how == "reset":
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    if how in ("gone", "reset"):
+        client.close()
+
+
+@pytest.mark.parametrize("family,bound,client_family,to", FAMILIES)
+def test_data_before_accept(family: int, bound: str, client_family: int, to: str) -> None:
+    """Connections come out of accept(2) in their order, with what was sent, also by clients that have gone since."""
+    plans = [(0, "here"), (5, "here"), (0, "gone"), (70_000, "shut"), (9, "gone"), (2_000_000, "here"), (0, "reset"),
+             (300_000, "gone"), (50, "reset"), (1, "here")]  # fmt: skip
+    ports = [20_001 + number for number in range(len(plans))]
+
     def setup() -> Sockets:
+        made = {"l": listening(family, bound, backlog=10)}
+        made["l"].setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for (size, how), port in zip(plans, ports, strict=True):
+            client = tcp(client_family)
+            client.bind((to, port))
+            client.connect((to, 7000))
+            client.setblocking(False)
+            assert not size or client.send(BLOB[:size]) == size
+            left(client, how)
+            if how in ("here", "shut"):
+                client.settimeout(PATIENCE_S)
+                made[str(port)] = client
+        return made
+
+    def check(made: Sockets) -> None:
+        for (size, how), port in zip(plans, ports, strict=True):
+            server, address = made["l"].accept()
+            server.settimeout(PATIENCE_S)
+            assert address[1] == port
+            assert server.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) == 1
+            if how == "here":
+                made[str(port)].shutdown(socket.SHUT_WR)
+            if how == "reset":
+                got = server.recv(size, socket.MSG_WAITALL) if size else b""
+                with pytest.raises(ConnectionResetError):
+                    server.recv(1)
+            else:
+                got = read_all(server)
+            assert got == BLOB[:size], (len(got), size, how)
+            if how in ("here", "shut"):
+                server.send(b"answer")
+                assert made[str(port)].recv(10) == b"answer"
+
+    transplant(setup, check)
+
+
+def test_full_queue() -> None:
+    """More clients than a listener's queue has room for: half made, with data sent, and others not even that far."""
+
+    def setup() -> Sockets:
+        made = {"l": listening(backlog=1)}
+        for number in range(4):
+            made[str(number)] = client = tcp()
+            client.setblocking(False)
+            client.connect_ex(("127.0.0.1", 7000))
+        for name in "0123":
+            with contextlib.suppress(OSError):
+                made[name].send(name.encode())
+        return made
+
+    def check(made: Sockets) -> None:
+        got = set()
+        made["l"].settimeout(PATIENCE_S)
+        for _ in range(4):
+            server, address = made["l"].accept()
+            server.settimeout(PATIENCE_S)
+            client = next(made[name] for name in "0123" if made[name].getsockname() == address)
+            name = next(name for name in "0123" if made[name] is client)
+            client.send(b"+" + name.encode())
+            client.shutdown(socket.SHUT_WR)
+            got.add(read_all(server))
+        assert {text.lstrip(b"0123")[1:] for text in got} == {b"0", b"1", b"2", b"3"}
+        assert len(got & {b"0+0", b"1+1"}) == 2
+
+    transplant(setup, check)
+
+
+def test_waiting_at_a_reuseport_group() -> None:
+    """Which of the listeners of an address has a connection, too."""
+
+    def setup() -> Sockets:
+        made: Sockets = {}
+        for number in range(3):
+            made[f"l{number}"] = sock = tcp()
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            sock.bind(("0.0.0.0", 7000))
+            sock.listen()
+        for number in range(20):
+            made[str(number)] = tcp()
+            made[str(number)].connect(("127.0.0.1", 7000))
+            made[str(number)].send(b"%d" % number)
+        Path("counts").write_text(json.dumps([ksock.tcp_info(made[f"l{number}"])[1] for number in range(3)]))
+        return made
+
+    def check(made: Sockets) -> None:
+        counts = expected or json.loads(Path("counts").read_text())
+        assert [ksock.tcp_info(made[f"l{number}"])[1] for number in range(3)] == counts
+        for number, count in enumerate(counts):
+            last = -1
+            for _ in range(count):
+                server, address = made[f"l{number}"].accept()
+                server.settimeout(PATIENCE_S)
+                text = server.recv(10)
+                assert made[text.decode()].getsockname() == address and int(text) > last
+                last = int(text)
+        for _ in range(60):
+            tcp().connect(("127.0.0.1", 7000))
+        assert min(ksock.tcp_info(made[f"l{number}"])[1] for number in range(3)) > 0
+
+    expected: list[int] = []
+    with frozen(setup, check) as cell:
+        for number in range(3):
+            state = cell.named(f"l{number}")
+            assert isinstance(state, TcpSocket)
+            expected.append(len(state.waiting))
+        restored(cell, check)
+        expected = []
+
+
+def test_closed_with_data_under_way() -> None:
+    """An end that nobody holds any more has still to send more than the other's queue takes."""
+
+    def setup() -> Sockets:
+        made = connection()
+        sent = fill(made["c"], BLOB)
+        assert sent > 1_000_000
+        made.pop("c").close()
+        return made
+
+    def check(made: Sockets) -> None:
+        got = read_all(made["s"])
+        assert len(got) > 1_000_000 and got == BLOB[: len(got)] and len(got) == (size or len(got))
+
+    size = 0
+    with frozen(setup, check) as cell:
+        state = cell.named("s")
+        assert isinstance(state, TcpSocket)
+        size = len(state.incoming)
+        restored(cell, check)
+
+
+@pytest.mark.parametrize("unread", [0, 50_000])
+@pytest.mark.parametrize("fin", [False, True])
+def test_pending_reset(unread: int, fin: bool) -> None:
+    """A reset that the program has not heard of: of its reads (and, after a FIN, of its writes)."""
+
+    def setup() -> Sockets:
+        made = connection()
+        made["c"].sendall(BLOB[:unread])
+        while ksock.queued(made["s"].fileno()) < unread:
+            select.select([], [], [], 0.01)
+        if fin:
+            made["c"].shutdown(socket.SHUT_WR)
+        made["c"].setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        made.pop("c").close()
+        return made
+
+    def check(made: Sockets) -> None:
+        assert not unread or made["s"].recv(unread, socket.MSG_WAITALL) == BLOB[:unread]
+        wanted = errno.EPIPE if fin else errno.ECONNRESET
+        assert made["s"].getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == wanted
+        assert made["s"].recv(1) == b""
+
+    transplant(setup, check)
+
+
+def test_pending_refusal() -> None:
+    def setup() -> Sockets:
+        client = tcp()
+        client.setblocking(False)
+        client.connect_ex(("127.0.0.1", 4444))
+        return {"c": client}
+
+    def check(made: Sockets) -> None:
+        poll = select.poll()
+        poll.register(made["c"], select.POLLOUT)
+        assert poll.poll(0)[0][1] & select.POLLERR
+        assert made["c"].getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == errno.ECONNREFUSED
+        server = listening()
+        made["c"].settimeout(PATIENCE_S)
+        with pytest.raises(ConnectionAbortedError):  # the end of the attempt that failed
+            made["c"].connect(("127.0.0.1", 7000))
+        made["c"].connect(("127.0.0.1", 7000))
+        assert server.accept()
+
+    transplant(setup, check)
+
+
+def test_refused_without_kernel_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What only kernel memory shows is refused where that can't be read, and passes unharmed."""
+    monkeypatch.setenv(insight.SWITCH, "off")
+    insight.forget()
+
+    def unaccepted() -> Sockets:
         listener, client = listening(), tcp()
         client.connect(("127.0.0.1", 7000))
         client.send(b"early")
         return {"l": listener, "c": client}
 
-    refused(setup, "not accepted yet", lambda made: made["l"].accept()[0].recv(5) == b"early" or pytest.fail("lost"))
-
-
-def test_refuses_data_left_by_a_closed_end() -> None:
-    def setup() -> Sockets:
+    def reset() -> Sockets:
         made = connection()
-        assert fill(made["c"], bytes(20_000_000)) > 1_000_000
+        made["c"].setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         made.pop("c").close()
         return made
 
-    refused(setup, "closed by the other end with data still under way")
-
-
-def test_refuses_a_pending_error() -> None:
-    def setup() -> Sockets:
+    def closed() -> Sockets:
         made = connection()
-        made["c"].setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        made.pop("c").close()  # sends a reset
+        fill(made["c"], BLOB)
+        made.pop("c").close()
         return made
 
-    def check(made: Sockets) -> None:
+    def hears_of_it(made: Sockets) -> None:
         with pytest.raises(ConnectionResetError):
             made["s"].recv(1)
 
-    refused(setup, "an error is pending", check)
+    try:
+        refused(unaccepted, "not accepted yet", lambda made: made["l"].accept()[0].recv(5) == b"early" or 1 / 0)
+        refused(reset, "an error is pending", hears_of_it)
+        refused(closed, "closed by the other end with data still under way")
+        test_not_accepted_yet()
+    finally:
+        insight.forget()
 
 
 def test_reset_and_known() -> None:
@@ -483,4 +685,3 @@ def test_recovery_after_a_killed_checkpointer() -> None:
                 sock.setsockopt(level, number, value)
         os.close(pidfd)
         socket_objects.recover([cell.pid])
-

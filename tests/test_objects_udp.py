@@ -8,14 +8,14 @@ import struct
 
 import pytest
 
-from socketcell import Sockets, refused, transplant
+from socketcell import PATIENCE_S, Sockets, refused, transplant
 
 V4, V6 = socket.AF_INET, socket.AF_INET6
 
 
 def udp(family: int = V4, host: str | None = None, port: int = 0) -> socket.socket:
     sock = socket.socket(family, socket.SOCK_DGRAM)
-    sock.settimeout(5)
+    sock.settimeout(PATIENCE_S)
     if host is not None:
         sock.bind((host, port))
     return sock

@@ -14,23 +14,23 @@ import struct
 import pytest
 
 from podtree.kernel.namespaces import Clone, clone_python, unshare
-from podtree.objects import sockets
+from podtree.objects import insight, sockets
 from podtree.objects.context import RestoreContext
-from socketcell import HOME, Sockets, child, frozen, join, refused, transplant
+from socketcell import HOME, PATIENCE_S, Sockets, child, frozen, join, refused, transplant
 
 STREAM, DGRAM, SEQPACKET = socket.SOCK_STREAM, socket.SOCK_DGRAM, socket.SOCK_SEQPACKET
 
 
 def unix(kind: int = STREAM) -> socket.socket:
     sock = socket.socket(socket.AF_UNIX, kind)
-    sock.settimeout(5)
+    sock.settimeout(PATIENCE_S)
     return sock
 
 
 def pair(kind: int = STREAM) -> Sockets:
     a, b = socket.socketpair(socket.AF_UNIX, kind)
-    a.settimeout(5)
-    b.settimeout(5)
+    a.settimeout(PATIENCE_S)
+    b.settimeout(PATIENCE_S)
     return {"a": a, "b": b}
 
 
@@ -180,7 +180,7 @@ def test_listener_and_connections(name: str, kind: int) -> None:
         assert made["c"].recv(10) == b"response"
         made["w"].send(b"hello")
         late, _ = made["l"].accept()
-        late.settimeout(5)
+        late.settimeout(PATIENCE_S)
         assert late.recv(10) == b"hello"
         fresh = unix(kind)
         fresh.connect(name)
@@ -388,7 +388,68 @@ def test_refuses_descriptors_under_way() -> None:
     refused(setup, "SCM_RIGHTS", check)
 
 
-def test_refuses_data_on_an_unaccepted_connection() -> None:
+@pytest.mark.parametrize("kind", [STREAM, SEQPACKET])
+def test_data_before_accept(kind: int) -> None:
+    """Connections come out of accept(2) in their order, with what was sent, also by clients that have gone since."""
+    large = random.Random(3).randbytes(150_000)
+    plans = [("0", [b"one", b"two"], "here"), ("1", [], "gone"), ("2", [large, b"x"], "gone"), ("3", [], "shut"),
+             ("4", [b"last"], "shut"), ("5", [], "here"), ("6", [large], "here")]  # fmt: skip
+
+    def creds(sock: socket.socket) -> tuple[int, int]:
+        return struct.unpack("iII", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[1:]
+
+    def setup() -> Sockets:
+        listener = unix(kind)
+        listener.bind("listener")
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+        listener.listen(len(plans))
+        made = {"l": listener}
+        for name, messages, how in plans:
+            client = unix(kind)
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+            if name != "5":
+                client.bind(f"client {name}")
+            os.setresgid(0, 50 + int(name), 0)
+            client.connect("listener")
+            os.setresgid(0, 0, 0)
+            for message in messages:
+                client.send(message)
+            if how == "shut":
+                client.shutdown(socket.SHUT_WR)
+            if how == "gone":
+                client.close()
+            else:
+                made[name] = client
+        return made
+
+    def check(made: Sockets) -> None:
+        for name, messages, how in plans:
+            server, address = made["l"].accept()
+            server.settimeout(PATIENCE_S)
+            assert address == ("" if name == "5" else f"client {name}")
+            assert creds(server) == (0, 50 + int(name))
+            assert server.getsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED) == 1
+            if how == "here":
+                made[name].send(b"more")
+                made[name].shutdown(socket.SHUT_WR)
+                messages = [*messages, b"more"]
+            if kind == STREAM:
+                assert read_all(server) == b"".join(messages)
+            else:
+                assert [server.recv(1 << 18) for _ in messages] == messages
+                assert server.recv(1) == b""
+            if how != "gone":
+                server.send(b"answer")
+                assert made[name].recv(10) == b"answer"
+
+    transplant(setup, check)
+
+
+def test_refused_without_kernel_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was sent on a connection not accepted yet is refused where nobody can look at it."""
+    monkeypatch.setenv(insight.SWITCH, "off")
+    insight.forget()
+
     def setup() -> Sockets:
         listener, client = unix(), unix()
         listener.bind("\0l")
@@ -397,7 +458,11 @@ def test_refuses_data_on_an_unaccepted_connection() -> None:
         client.send(b"early")
         return {"l": listener, "c": client}
 
-    refused(setup, "not accepted yet", lambda made: made["l"].accept()[0].recv(5) == b"early" or pytest.fail("lost"))
+    try:
+        refused(setup, "not accepted yet", lambda made: made["l"].accept()[0].recv(5) == b"early" or 1 / 0)
+        test_listener_and_connections("\0abstract", STREAM)
+    finally:
+        insight.forget()
 
 
 def test_refuses_a_peer_outside() -> None:

@@ -19,7 +19,6 @@ def pool(podtree: Podtree) -> Iterator[package.Pool]:
         yield opened
 
 
-
 def test_run_exec_stop(pool: package.Pool) -> None:
     pod = pool.run("sh", "-c", "echo up; trap 'exit 4' TERM; while :; do sleep 0.05; done", name="api", env={"A": "b"})
     assert (pod.name, pod.state) == ("api", "running") and pod.pid

@@ -29,7 +29,7 @@ from podtree.image.manifest import Clock, Manifest, StdioSet
 from podtree.image.pages import PageFile, Run
 from podtree.kernel import mm, procfs
 from podtree.kernel.sys import PAGE_SIZE
-from podtree.objects import descriptors, inotify, memory, socketcommon, sockets, sysvipc
+from podtree.objects import descriptors, inotify, insight, memory, socketcommon, sockets, sysvipc
 from podtree.objects.contents import Contents
 from podtree.objects.context import CollectContext
 from podtree.objects.descriptors import FileTable
@@ -108,12 +108,15 @@ class Checkpointer:
 
         What passes by itself is given the same time to pass as by `checkpoint`.
         """
-        for pause in RETRY_PAUSES_S:
+        pauses = iter(RETRY_PAUSES_S)
+        while True:
             problems = self._check()
-            if not problems or not _passes(problems):
+            if problems and insight.prepare():
+                continue
+            pause = next(pauses, None)
+            if pause is None or not problems or not _passes(problems):
                 return problems
             time.sleep(pause)
-        return self._check()
 
     def _check(self) -> list[Problem]:
         try:
@@ -149,17 +152,20 @@ class Checkpointer:
         draft.flush_volume()
         self._precopied = 0
         self._precopy()
-        for pause in (*RETRY_PAUSES_S, None):
+        pauses = iter(RETRY_PAUSES_S)
+        while True:
             try:
                 return self._checkpoint(draft, stop, message, begun, commit, settle)
             except Refused as refused:  # nothing was copied yet: tracking is as it was
+                if insight.prepare():
+                    continue
+                pause = next(pauses, None)
                 if pause is None or not _passes(refused.problems):
                     raise
                 time.sleep(pause)
             except BaseException:
                 self._forget_tracking()
                 raise
-        raise AssertionError("unreachable")
 
     def _checkpoint(
         self, draft: Draft, stop: bool, message: str, begun: float, commit: bool, settle: Callable[[], None]
@@ -314,8 +320,6 @@ class Checkpointer:
         table.hush()
         mounts = collect.collect_tmpfs_mounts(self.live.init_pid, context, table.contents)
         ipc = sysvipc.collect(context, table.contents)
-        if ipc.semaphores:
-            collect.refuse_semaphore_undo(frozen, context)
         manifest = Manifest(
             machine=platform.machine(),
             kernel=platform.release(),

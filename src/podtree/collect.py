@@ -373,19 +373,6 @@ def _refuse_shared_tables(living: list[FrozenProcess], ctx: CollectContext) -> N
             ctx.refuse(b, name, f"is shared with process {a.pid}")
 
 
-def refuse_semaphore_undo(frozen: Frozen, ctx: CollectContext) -> None:
-    """SEM_UNDO can't be read from outside; whoever has an undo list, in a pod with semaphores, may use it.
-
-    This process has no list, so whoever compares equal to it has none either. Threads share one that is
-    made with the first of them, used or not.
-    """
-    for process in frozen.processes:
-        for task in process.tasks[:1]:
-            if kcmp.compare_tasks(os.getpid(), task.tid, kcmp.KCMP_SYSVSEM) != 0:
-                reason = "may have adjustments pending (SEM_UNDO), which no one can read"
-                ctx.refuse(process, "System V semaphores", reason)
-
-
 def _equal_pairs(living: list[FrozenProcess], kind: int) -> Iterator[tuple[FrozenProcess, FrozenProcess]]:
     """Processes that share a kernel object: sort by kcmp(2)'s order, then compare neighbours."""
 

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import msgspec
 
+from podtree.kernel.kmem import KernelMemory
 from podtree.kernel.sys import NR, PAGE_SIZE, syscall
 
 _SECONDS = 5
@@ -304,6 +305,14 @@ def _unix_diag() -> str:
     return "finds the peers of unix sockets"
 
 
+def _kernel_memory() -> str:
+    try:
+        KernelMemory().close()
+    except KeyError as error:
+        raise _Missing(str(error.args[0])) from error
+    return "queues of sockets that nobody holds, SEM_UNDO"
+
+
 # Pool
 
 
@@ -372,6 +381,7 @@ _CHECKS: list[tuple[str, Check, bool, str]] = [
     ("cgroups", _cgroups, False, "--memory, --cpus and --pids are refused"),
     ("TCP_REPAIR", _tcp_repair, False, "pods with TCP connections are refused"),
     ("unix_diag", _unix_diag, False, "pods with connected unix sockets are refused"),
+    ("kernel memory", _kernel_memory, False, "data before accept(2), pending errors and SEM_UNDO are refused"),
     ("btrfs", _btrfs, False, ""),
     ("loop devices", _loop, False, "PODTREE_HOME must be a directory on btrfs"),
     ("mkfs.btrfs", _mkfs, False, "PODTREE_HOME must be a directory on btrfs, or an existing pool"),

@@ -7,6 +7,7 @@ include/uapi/asm-generic/socket.h, net/ipv4/tcp.c, net/unix/af_unix.c (Linux 6.1
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import enum
 import fcntl
@@ -19,6 +20,8 @@ from collections.abc import Iterator
 SO_PEEK_OFF = 42
 SO_NETNS_COOKIE = 71
 SO_PEERGROUPS = 59
+SO_ATTACH_REUSEPORT_CBPF, SO_DETACH_REUSEPORT_BPF = 51, 68
+BPF_RET_K = 0x06  # linux/bpf_common.h
 SCM_PIDFD = 4
 SIOCINQ = 0x541B
 SIOCOUTQ = 0x5411
@@ -109,6 +112,18 @@ def tcp_info(sock: socket.socket) -> tuple[TcpState, int, int]:
     raw = sock.getsockopt(socket.IPPROTO_TCP, TCP_INFO, 104)
     unacked, sacked = struct.unpack_from("II", raw, 24)
     return TcpState(raw[0]), unacked, sacked
+
+
+@contextlib.contextmanager
+def reuseport_index(sock: socket.socket, index: int) -> Iterator[None]:
+    """Within, the socket number `index` of the SO_REUSEPORT group of `sock` gets all that comes."""
+    instruction = ctypes.create_string_buffer(struct.pack("=HBBI", BPF_RET_K, 0, 0, index), 8)
+    program = struct.pack("@HxxxxxxQ", 1, ctypes.addressof(instruction))  # struct sock_fprog
+    sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_REUSEPORT_CBPF, program)
+    try:
+        yield
+    finally:
+        sock.setsockopt(socket.SOL_SOCKET, SO_DETACH_REUSEPORT_BPF, 0)
 
 
 # --- looking into receive queues ---------------------------------------------------------------------

@@ -133,6 +133,7 @@ class NR(enum.IntEnum):
     get_robust_list = 274
     splice = 275
     tee = 276
+    vmsplice = 278
     ppoll = 271
     epoll_pwait = 281
     timerfd_create = 283
@@ -154,6 +155,7 @@ class NR(enum.IntEnum):
     renameat2 = 316
     seccomp = 317
     memfd_create = 319
+    bpf = 321
     execveat = 322
     userfaultfd = 323
     membarrier = 324

@@ -47,11 +47,11 @@ def pids_available() -> bool:
         return False
 
 
-def peer_pids(init_host_pid: int, fds: list[int]) -> list[int]:
-    """The pids of SO_PEERCRED of unix sockets, as the pod sees them, also those of processes that have ended.
+def ask_inside(init_host_pid: int, ask: Callable[[], bytes]) -> bytes:
+    """What `ask` returns in a process of the pod's pid namespace: calls that give pids give the pod's there.
 
-    Only a process in the pod's pid namespace is told these, so a short-lived one is put there: some
-    milliseconds, hence for sockets about which nothing else is known. OSError if that can't be.
+    Only such a process is told the pids of processes that have ended. A short-lived one is put there: some
+    milliseconds, hence for what nothing else tells. OSError if that can't be.
     """
     reading, writing = os.pipe2(os.O_CLOEXEC)
     helper = os.fork()
@@ -61,21 +61,34 @@ def peer_pids(init_host_pid: int, fds: list[int]) -> list[int]:
                 setns(namespace.fileno(), Clone.NEWPID)
             inside = os.fork()
             if inside == 0:
-                for fd in fds:
-                    with socket.socket(fileno=os.dup(fd)) as sock:
-                        raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-                    os.write(writing, raw[:4])
+                os.write(writing, b"+")
+                answer = ask()
+                while answer:
+                    answer = answer[os.write(writing, answer) :]
             else:
                 os.waitpid(inside, 0)
         finally:
             os._exit(0)
     os.close(writing)
-    with open(reading, "rb") as answer:
-        raw = answer.read()
+    with open(reading, "rb") as file:
+        raw = file.read()
     os.waitpid(helper, 0)
-    if len(raw) != 4 * len(fds):
+    if not raw:
         raise OSError(errno.ESRCH, "no process could be put into the pod's pid namespace")
-    return list(struct.unpack(f"{len(fds)}i", raw))
+    return raw[1:]
+
+
+def peer_pids(init_host_pid: int, fds: list[int]) -> list[int]:
+    """The pids of SO_PEERCRED of unix sockets, as the pod sees them, also those of processes that have ended."""
+
+    def ask() -> bytes:
+        pids = b""
+        for fd in fds:
+            with socket.socket(fileno=os.dup(fd)) as sock:
+                pids += sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)[:4]
+        return pids
+
+    return list(struct.unpack(f"{len(fds)}i", ask_inside(init_host_pid, ask)))
 
 
 def run_as(who: Credentials | None, work: Callable[[], list[int]]) -> list[int]:

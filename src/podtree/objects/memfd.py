@@ -75,10 +75,7 @@ def collect(held: Held, kind: MemoryKind, ctx: CollectContext, saved: Contents) 
     if os.fstatvfs(held.fd).f_bsize != PAGE_SIZE:
         held.refuse(ctx, HUGE, HUGE_HINT)
         return None
-    if held.process and held.readable:
-        readable = held.fd
-    else:
-        readable = fdops.reopen(held.fd, os.O_RDONLY | os.O_NONBLOCK)
+    readable = held.fd if held.process and held.readable else fdops.reopen(held.fd, os.O_RDONLY | os.O_NONBLOCK)
     try:
         seals = _seals(readable, kind)
         key = saved.key_for(readable, kind.value)

@@ -4,8 +4,8 @@ Source: sysvipc(7), shmctl(2), semctl(2), msgrcv(2), msgctl(2), ipc_namespaces(7
 Documentation/admin-guide/sysctl/kernel.rst (shm_next_id and its like); ipc/{shm,sem,msg,util}.c (Linux 6.18).
 
 Joining an IPC namespace concerns only the calling thread (setns(2)), so the supervisor looks by itself.
-Ids come back exactly. Times of last use and the pids of last senders and attachers begin anew, and SEM_UNDO
-adjustments can't be read from outside by any means.
+Ids come back exactly. Times of last use and the pids of last senders and attachers begin anew. What a process is
+to undo at its end (SEM_UNDO) no call tells; it is read in kernel memory, and each process does it again.
 """
 
 from __future__ import annotations
@@ -20,13 +20,16 @@ from typing import TypeVar
 import msgspec
 
 from podtree.errors import Damaged, RestoreFailed
-from podtree.kernel import procfs
+from podtree.kernel import kcmp, procfs
 from podtree.kernel.fdops import proc_fd
+from podtree.kernel.kmem import KernelMemory
 from podtree.kernel.sys import NR, PAGE_SIZE, syscall
 from podtree.objects import contents as contents_module
+from podtree.objects import insight
 from podtree.objects.contents import Contents
 from podtree.objects.context import CollectContext, FrozenProcess, RestoreContext
-from podtree.objects.impersonate import Credentials, pids_available, run_as
+from podtree.objects.impersonate import Credentials, ask_inside, pids_available, run_as
+from podtree.script.task import Script
 
 CLONE_NEWIPC = 0x08000000
 IPC_CREAT, IPC_EXCL, IPC_NOWAIT = 0o1000, 0o2000, 0o4000
@@ -36,6 +39,7 @@ SHM_LOCK = 11
 SHM_DEST, SHM_LOCKED = 0o1000, 0o2000  # in the mode that the kernel reports
 GETPID, GETALL, SETVAL, SETALL = 11, 13, 16, 17
 SEMVMX = 32767
+SEM_UNDO = 0x1000
 MSG_NOERROR, MSG_COPY = 0o10000, 0o40000
 
 _PERM = struct.Struct("=iIIIIIH2x4x16x")  # ipc64_perm: key, uid, gid, cuid, cgid, mode, seq
@@ -73,6 +77,14 @@ class SemaphoreSet(msgspec.Struct, frozen=True, kw_only=True):
     used: bool  # sem_otime isn't 0: programs take that for "initialised"
 
 
+class Undo(msgspec.Struct, frozen=True):
+    """What the end of a process adds to the semaphores of a set (SEM_UNDO), by number."""
+
+    pid: int  # inside the pod; threads share it
+    id: int  # semid
+    adjustments: tuple[int, ...]
+
+
 class Message(msgspec.Struct, frozen=True):
     """One message of a queue."""
 
@@ -99,6 +111,7 @@ class IpcState(msgspec.Struct, frozen=True):
     segments: tuple[Segment, ...] = ()
     semaphores: tuple[SemaphoreSet, ...] = ()
     queues: tuple[MessageQueue, ...] = ()
+    undo: tuple[Undo, ...] = ()
 
 
 @contextlib.contextmanager
@@ -144,10 +157,13 @@ def collect(ctx: CollectContext, contents: Contents | None = None) -> IpcState:
         if not any(tables.values()):
             return IpcState()
         pids = {process.host_pid: process.pid for process in ctx.processes}
+        semaphores = tuple(_collect_semaphores(row) for row in tables["sem"])
+        semaphores = _with_pids(semaphores, init.host_pid)
         return IpcState(
             tuple(state for row in tables["shm"] if (state := _collect_segment(row, ctx, contents, pids))),
-            tuple(_collect_semaphores(row, pids) for row in tables["sem"]),
+            semaphores,
             tuple(_collect_queue(row) for row in tables["msg"]),
+            tuple(_collect_undo(semaphores, ctx)) if semaphores else (),
         )
 
 
@@ -217,11 +233,11 @@ def _attached(number: int, size: int, flags: int) -> Iterator[int]:
         syscall(NR.shmdt, address)
 
 
-def _collect_semaphores(row: dict[str, int], pids: dict[int, int]) -> SemaphoreSet:
+def _collect_semaphores(row: dict[str, int]) -> SemaphoreSet:
+    """`pids` are still missing."""
     number, count = row["semid"], row["nsems"]
     raw = ctypes.create_string_buffer(2 * count)
     syscall(NR.semctl, number, 0, GETALL, raw)
-    last = (syscall(NR.semctl, number, index, GETPID) for index in range(count))
     return SemaphoreSet(
         id=number,
         key=_signed(row["key"]),
@@ -230,9 +246,57 @@ def _collect_semaphores(row: dict[str, int], pids: dict[int, int]) -> SemaphoreS
         gid=row["gid"],
         creator=Credentials(0, row["cuid"], row["cgid"]),
         values=struct.unpack(f"={count}H", raw.raw),
-        pids=tuple(pids.get(pid, 0) for pid in last),
+        pids=(0,) * count,
         used=row["otime"] != 0,
     )
+
+
+def _with_pids(sets: tuple[SemaphoreSet, ...], init_host_pid: int) -> tuple[SemaphoreSet, ...]:
+    """With who changed each semaphore last, also those that have ended: only the pod is told their numbers."""
+    everything = [(one.id, index) for one in sets for index in range(len(one.values))]
+    if not any(syscall(NR.semctl, number, index, GETPID) for number, index in everything):
+        return sets
+
+    def ask() -> bytes:
+        return b"".join(struct.pack("=i", syscall(NR.semctl, *one, GETPID)) for one in everything)
+
+    pids = iter(struct.unpack(f"={len(everything)}i", ask_inside(init_host_pid, ask)))
+    return tuple(msgspec.structs.replace(one, pids=tuple(next(pids) for _ in one.values)) for one in sets)
+
+
+def _collect_undo(sets: tuple[SemaphoreSet, ...], ctx: CollectContext) -> Iterator[Undo]:
+    """Of all processes. This one has no list, so whoever compares equal to it has none either."""
+    for process in ctx.processes:
+        if process.zombie or kcmp.compare_tasks(os.getpid(), process.host_pid, kcmp.KCMP_SYSVSEM) == 0:
+            continue
+        memory = insight.memory()
+        if memory is None:
+            reason = "may have adjustments pending (SEM_UNDO), which no call tells"
+            ctx.refuse(process, "System V semaphores", reason, insight.why_not())
+            continue
+        for number, adjustments in _read_undo(memory, process, {state.id: len(state.values) for state in sets}):
+            if any(adjustments):
+                yield Undo(process.pid, number, adjustments)
+        for task in process.tasks[1:]:
+            if kcmp.compare_tasks(process.host_pid, task.tid, kcmp.KCMP_SYSVSEM) != 0:
+                what = f"System V semaphores of thread {task.inner_tid}"
+                ctx.refuse(process, what, "its adjustments (SEM_UNDO) are not those of the other threads")
+
+
+def _read_undo(
+    memory: KernelMemory, process: FrozenProcess, sizes: dict[int, int]
+) -> Iterator[tuple[int, tuple[int, ...]]]:
+    """(semid, adjustments) of a process; `sizes`: how many semaphores each set has. ipc/sem.c, struct sem_undo."""
+    undo_list = memory.task(process.pidfd).pointer("sysvsem.undo_list")
+    if not undo_list:
+        return
+    head = memory.view("sem_undo_list", undo_list)
+    for undo in memory.each(head.at("list_proc"), "sem_undo", "list_proc"):
+        number = undo.signed("semid")
+        if number in sizes:  # -1: the set has been removed
+            flexible = not memory.btf.member("sem_undo", "semadj").size  # in older kernels a pointer
+            start = undo.at("semadj") if flexible else undo.pointer("semadj")
+            yield number, struct.unpack(f"={sizes[number]}h", memory.read(start, 2 * sizes[number]))
 
 
 def _collect_queue(row: dict[str, int]) -> MessageQueue:
@@ -346,6 +410,41 @@ def _restore_queue(state: MessageQueue) -> None:
     for message in state.messages:
         raw = message.type.to_bytes(8, "little", signed=True) + message.data
         syscall(NR.msgsnd, state.id, raw, len(message.data), IPC_NOWAIT)
+
+
+def undo_again(state: IpcState, pid: int, script: Script) -> None:
+    """Add the calls by which process `pid` will undo at its end what it was to undo. It must be privileged.
+
+    Each takes and gives, or gives and takes, at once: the values stay.
+    """
+    sets = {one.id: one for one in state.semaphores}
+    for undo in state.undo:
+        if undo.id not in sets or len(undo.adjustments) != len(sets[undo.id].values):
+            raise Damaged(f"adjustments to System V semaphores {undo.id}")
+        for index, adjustment in enumerate(undo.adjustments):
+            while adjustment and undo.pid == pid:  # in so many steps as it takes to stay within bounds
+                below = sets[undo.id].values[index]
+                above = SEMVMX - below
+                step = min(abs(adjustment), max(below, above)) * (1 if adjustment > 0 else -1)
+                ops = ((-step, SEM_UNDO | IPC_NOWAIT), (step, IPC_NOWAIT))
+                down_first = below >= abs(step)
+                _add_semop(script, undo.id, index, ops if down_first == (step > 0) else ops[::-1])
+                adjustment -= step
+
+
+def changed_last(state: IpcState, pid: int, script: Script) -> None:
+    """Add the calls by which process `pid` is the last to have changed what others have adjusted since."""
+    for one in state.semaphores:
+        adjusted = {i for undo in state.undo if undo.id == one.id for i, by in enumerate(undo.adjustments) if by}
+        for index in adjusted:
+            if one.pids[index] == pid:
+                step = 1 if one.values[index] < SEMVMX else -1
+                _add_semop(script, one.id, index, ((step, IPC_NOWAIT), (-step, IPC_NOWAIT)))
+
+
+def _add_semop(script: Script, number: int, index: int, ops: tuple[tuple[int, int], ...]) -> None:
+    raw = b"".join(struct.pack("=Hhh", index, step, flags) for step, flags in ops)
+    script.add(NR.semop, number, script.put(raw), len(ops), name=f"semop on System V semaphores {number}")
 
 
 def settle(state: IpcState, host_pid: int) -> None:

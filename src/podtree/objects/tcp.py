@@ -12,12 +12,14 @@ Reading what is under way, without consuming: frozen processes don't stop the ke
 move from a sender's queue to the receiver's while we look. All send queues are read first, then all receive
 queues. A byte that moves in between is then seen twice, never missed, and the sequence numbers tell which
 ones those are. Only a socket with unacknowledged data, and its peer, ever enter repair mode.
-The restoring half is in podtree.objects.tcprestore.
+Ends that no process has a descriptor of are the matter of podtree.objects.tcpunheld, the restoring half is in
+podtree.objects.tcprestore.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import errno
 import socket
 
 import msgspec
@@ -25,15 +27,28 @@ import msgspec
 from podtree.kernel import sock as ksock
 from podtree.kernel.sock import TcpState
 from podtree.kernel.sockdiag import INET_DIAG_MD5SIG, InetDiag
+from podtree.kernel.sockmem import SocketMemory, TcpEnd
 from podtree.objects.inet import Address, Key, local_address, pack, remote_address
 from podtree.objects.socketcommon import RETRY, Entry, SocketBase, Surroundings
+from podtree.objects.tcpunheld import HALF_MADE, ORPHANS, UNACCEPTED, Unheld
 
 POLLERR, POLLPRI = 0x8, 0x2
 TCP_ULP = 31
 
 FIN_SENT = {TcpState.FIN_WAIT1, TcpState.FIN_WAIT2, TcpState.CLOSING, TcpState.LAST_ACK}
 FIN_RECEIVED = {TcpState.CLOSE_WAIT, TcpState.CLOSING, TcpState.LAST_ACK}
-ORPHANS = {TcpState.FIN_WAIT1, TcpState.FIN_WAIT2, TcpState.CLOSING, TcpState.LAST_ACK, TcpState.TIME_WAIT}
+RESTORABLE_ERRORS = {errno.ECONNRESET, errno.EPIPE, errno.ECONNREFUSED}
+
+
+class Waiting(msgspec.Struct, frozen=True):
+    """A connection that waits for accept(2): what its listener's end has got, or will by itself."""
+
+    client: int | None  # file id of the other end; None: it is gone
+    remote: Address  # of the other end
+    local: Address
+    data: bytes = b""
+    fin: bool = False  # the other end is shut down for sending, or gone
+    reset: bool = False  # the other end has broken it off
 
 
 class TcpSocket(SocketBase, frozen=True, kw_only=True, tag="tcp"):
@@ -44,8 +59,7 @@ class TcpSocket(SocketBase, frozen=True, kw_only=True, tag="tcp"):
     local: Address
     remote: Address | None = None
     backlog: int = 0
-    #: Of a listener: (client, its own) addresses of connections whose client left before accept(2).
-    departed: tuple[tuple[Address, Address], ...] = ()
+    waiting: tuple[Waiting, ...] = ()  # of a listener: first come first
     #: File id of the other end; None while connected: it is gone, or (`unaccepted`) not accepted yet.
     peer: int | None = None
     unaccepted: bool = False
@@ -53,6 +67,7 @@ class TcpSocket(SocketBase, frozen=True, kw_only=True, tag="tcp"):
     outgoing: bytes = b""  # sent, and not received by an end that is gone
     fin_sent: bool = False  # shut down for sending
     read_shut: bool = False  # shut down for receiving by its own program
+    error: int = 0  # errno that the next call will report
 
 
 @dataclasses.dataclass(slots=True)
@@ -71,6 +86,7 @@ class _Seen:
     received_end: int | None = None  # rcv_nxt, a FIN not counted
     received: bytes = b""
     other: InetDiag | None = None  # the other end, where no process of the pod has a descriptor for it
+    orphan: TcpEnd | None = None  # that end, where something is in it
 
     @property
     def key(self) -> tuple[Key, Key]:
@@ -78,18 +94,25 @@ class _Seen:
         assert self.remote is not None
         return self.local.key(family), self.remote.key(family)
 
+    @property
+    def connected(self) -> bool:
+        return self.state not in (TcpState.LISTEN, TcpState.CLOSE, TcpState.SYN_SENT)
+
 
 class _Collector:
     def __init__(self, entries: list[Entry], around: Surroundings) -> None:
         self.around = around
         self.diag = around.namespace.diag
-        self.claimed: set[tuple[Address, Address]] = set()
+        self.unheld = Unheld(self.diag, entries[0].sock.fileno())
         self.seen = [self._look(entry) for entry in entries]
         self.by_key = {
             seen.key: seen
             for seen in self.seen
             if seen.remote is not None and seen.state not in (TcpState.LISTEN, TcpState.CLOSE)
         }
+        #: by file id of the listener, and all their clients' sides
+        self.waiting: dict[int, list[Waiting]] = {}
+        self.claimed: set[tuple[Key, Key]] = set()
 
     def _look(self, entry: Entry) -> _Seen:
         while True:  # a FIN may come in between: state and events must be of the same moment
@@ -122,12 +145,7 @@ class _Collector:
 
     def _read_queues(self) -> None:
         """First all send queues, then all receive queues: see the module's text."""
-        senders = [
-            seen
-            for seen in self.seen
-            if seen.state not in (TcpState.LISTEN, TcpState.CLOSE, TcpState.SYN_SENT)
-            and ksock.unsent(seen.entry.sock.fileno())
-        ]
+        senders = [seen for seen in self.seen if seen.connected and ksock.unsent(seen.entry.sock.fileno())]
         if not senders:
             self._read_all(senders)
             return
@@ -145,19 +163,42 @@ class _Collector:
                 end = ksock.queue_sequence(sock, ksock.TCP_SEND_QUEUE)
                 seen.send_queue = ksock.peek_send_queue(sock, ksock.unsent(sock.fileno()))
                 seen.send_end = end - fin & 0xFFFFFFFF
-        # Ends without a descriptor can't be read. Whether they still hold something is asked before the
-        # receive queues are read, for the same reason.
         for seen in self.seen:
-            if seen.remote is not None and seen.state not in (TcpState.SYN_SENT, TcpState.CLOSE):
-                seen.other = None if self.peer(seen) else self._lookup(seen)
+            if seen.remote is not None and seen.connected and not self.peer(seen):
+                self._look_at_other(seen)
+        for seen in self.seen:
+            if seen.state == TcpState.LISTEN and seen.backlog_used:
+                self.waiting[seen.entry.file_id] = self._waiting(seen)
         measured = {id(peer) for seen in senders if seen.send_queue and (peer := self.peer(seen))}
         for seen in self.seen:
-            if seen.state not in (TcpState.LISTEN, TcpState.SYN_SENT) and not seen.events & (POLLERR | POLLPRI):
+            if seen.state not in (TcpState.LISTEN, TcpState.SYN_SENT) and not seen.events & POLLPRI:
                 self._read_received(seen, id(seen) in measured)
 
-    @staticmethod
-    def _read_received(seen: _Seen, measure: bool) -> None:
+    def _look_at_other(self, seen: _Seen) -> None:
+        """The other end has no descriptor in the pod. What it has still to send is read before all receive queues."""
+        assert seen.remote is not None
+        seen.other = other = self.unheld.lookup(seen.entry.family, seen.remote, seen.local)
+        if other is None:
+            return
+        if INET_DIAG_MD5SIG in other.attributes:
+            self.around.refuse(seen.entry, "uses TCP MD5 signatures")
+        fin = other.state in (TcpState.FIN_WAIT1, TcpState.CLOSING, TcpState.LAST_ACK)
+        if not other.ino and other.state in ORPHANS and other.send_queue - fin > 0:
+            here, there = seen.key
+            if self.unheld.memory is None:
+                reason = "closed by the other end with data still under way: it can't be read from outside"
+                self.around.refuse(seen.entry, reason, RETRY)
+            else:
+                seen.orphan = self.unheld.end(there, here)
+
+    def _read_received(self, seen: _Seen, measure: bool) -> None:
         sock = seen.entry.sock
+        if seen.orphan:
+            memory = self.unheld.memory
+            assert memory is not None
+            end = memory.tcp_end(memory.memory.sock(sock.fileno()))
+            seen.received, seen.received_end = end.received, end.received_end
+            return
         if not measure:
             seen.received = b"".join(run.data for run in ksock.peek_stream(sock))
             return
@@ -170,15 +211,15 @@ class _Collector:
                     break
         seen.received_end = sequence - fin & 0xFFFFFFFF
 
-    def _under_way(self, sender: _Seen, receiver: _Seen) -> bytes:
-        """What `sender` sent and `receiver` has not got: the end of the send queue, from rcv_nxt on."""
-        if not sender.send_queue or receiver.received_end is None:
+    def _under_way(self, entry: Entry, queue: bytes, end: int, received_end: int | None) -> bytes:
+        """What was sent and not received: of a send queue that ends at sequence number `end`, the rest."""
+        if not queue or received_end is None:
             return b""
-        missing = sender.send_end - receiver.received_end & 0xFFFFFFFF
-        if missing > len(sender.send_queue):
-            self.around.refuse(sender.entry, "sequence numbers of the two ends do not fit together", RETRY)
+        missing = end - received_end & 0xFFFFFFFF
+        if missing > len(queue):
+            self.around.refuse(entry, "sequence numbers of the two ends do not fit together", RETRY)
             return b""
-        return sender.send_queue[len(sender.send_queue) - missing :]
+        return queue[len(queue) - missing :]
 
     # states
 
@@ -190,22 +231,36 @@ class _Collector:
         fields |= {"family": entry.family, "local": seen.local, "remote": seen.remote}
         if entry.sock.getsockopt(socket.IPPROTO_TCP, TCP_ULP, 16).strip(b"\0"):
             self.around.refuse(entry, "has an upper layer protocol (TLS in the kernel, say)")
-        if seen.events & POLLERR:
-            self.around.refuse(entry, "an error is pending that the program has not read", RETRY)
-            return fields
         if seen.events & POLLPRI:
             self.around.refuse(entry, "urgent data is pending", RETRY)
             return fields
+        error = self._error(seen) if seen.events & POLLERR else 0
         if seen.state == TcpState.LISTEN:
-            return fields | self._listener(seen)
+            waiting = self.waiting.get(entry.file_id, [])
+            return fields | {"role": "listening", "backlog": seen.backlog, "waiting": tuple(waiting)}
         if seen.state == TcpState.SYN_SENT:
             return fields | {"role": "connecting"}
         if seen.state == TcpState.CLOSE:
-            return fields | {"role": "finished" if over else "closed", "incoming": seen.received}
+            role = "finished" if over and error != errno.ECONNREFUSED else "closed"
+            return fields | {"role": role, "incoming": seen.received, "error": error}
         if seen.remote is None:
             self.around.refuse(entry, f"in state {seen.state.name}, without a peer", RETRY)
             return fields
         return fields | self._connection(seen)
+
+    def _error(self, seen: _Seen) -> int:
+        """The errno that the program's next call will get."""
+        memory = self.unheld.memory
+        if memory is None:
+            self.around.refuse(seen.entry, "an error is pending that the program has not read", RETRY)
+            return 0
+        error, queued = memory.error(seen.entry.sock.fileno())
+        if queued:
+            self.around.refuse(seen.entry, "messages wait in its error queue (MSG_ERRQUEUE)", RETRY)
+        elif error not in RESTORABLE_ERRORS or seen.state != TcpState.CLOSE:
+            name = errno.errorcode.get(error, str(error))
+            self.around.refuse(seen.entry, f"an error is pending ({name}) that can't be brought about again", RETRY)
+        return error
 
     def _connection(self, seen: _Seen) -> dict[str, object]:
         fields: dict[str, object] = {
@@ -215,71 +270,97 @@ class _Collector:
         }
         peer = self.peer(seen)
         if peer is not None:
-            incoming = seen.received + self._under_way(peer, seen)
+            incoming = seen.received + self._under_way(peer.entry, peer.send_queue, peer.send_end, seen.received_end)
             return fields | {"peer": peer.entry.file_id, "incoming": incoming}
         return fields | {"incoming": seen.received} | self._without_peer(seen)
 
     def _without_peer(self, seen: _Seen) -> dict[str, object]:
         """The other end has no descriptor in the pod: not accepted yet, or closed, or outside."""
         other, entry = seen.other, seen.entry
+        if seen.key in self.claimed:
+            return {"unaccepted": True}
         if other is not None and other.ino:
             self.around.refuse(entry, "the other end of the connection is not in the pod")
-        elif other is not None and other.state in (TcpState.ESTABLISHED, TcpState.CLOSE_WAIT):
-            fin = other.state == TcpState.CLOSE_WAIT
-            if other.receive_queue - fin > 0 or seen.send_queue:
-                self.around.refuse(
-                    entry,
-                    "data was sent on a connection that is not accepted yet: it can't be read from outside",
-                    RETRY,
-                )
-            return {"unaccepted": True}
-        elif other is not None and other.state in (TcpState.SYN_RECV, TcpState.NEW_SYN_RECV):
-            self.around.refuse(entry, "the listener's queue is full, the connection is half made", RETRY)
-        elif other is not None and other.state in ORPHANS:
-            fin = other.state in (TcpState.FIN_WAIT1, TcpState.CLOSING, TcpState.LAST_ACK)
-            if other.send_queue - fin > 0:
-                self.around.refuse(
-                    entry, "closed by the other end with data still under way: it can't be read from outside", RETRY
-                )
-        elif seen.state not in FIN_RECEIVED:
+        elif other is not None and other.state in (*UNACCEPTED, *HALF_MADE):
+            self.around.refuse(entry, "waits to be accepted by a listener that is not in the pod", RETRY)
+        elif seen.orphan:
+            end = seen.orphan
+            missing = self._under_way(entry, end.sent, end.sent_end, seen.received_end)
+            return {"outgoing": seen.send_queue, "incoming": seen.received + missing}
+        elif (other is None or other.state not in ORPHANS) and seen.state not in FIN_RECEIVED:
             self.around.refuse(entry, f"in state {seen.state.name}, but its other end does not exist", RETRY)
         return {"outgoing": seen.send_queue}
 
-    def _lookup(self, seen: _Seen) -> InetDiag | None:
-        family = seen.entry.family
-        assert seen.remote is not None
-        there = pack(family, seen.remote.host), seen.remote.port
-        here = pack(family, seen.local.host), seen.local.port
-        found = self.diag.inet_lookup(family, socket.IPPROTO_TCP, there, here)
-        if found is None or found.state == TcpState.LISTEN or found.remote[1] != seen.local.port:
-            return None
-        if INET_DIAG_MD5SIG in found.attributes:
-            self.around.refuse(seen.entry, "uses TCP MD5 signatures")
-        return found
-
     # listeners
 
-    def _listener(self, seen: _Seen) -> dict[str, object]:
-        fields: dict[str, object] = {"role": "listening", "backlog": seen.backlog}
-        if not seen.backlog_used:
-            return fields
-        states = 1 << TcpState.ESTABLISHED | 1 << TcpState.CLOSE_WAIT
-        departed = []
-        for other in self.diag.inet(seen.entry.family, socket.IPPROTO_TCP, states):
-            if other.ino or not _belongs(other, seen):
+    def _waiting(self, listener: _Seen) -> list[Waiting]:
+        """The connections not accepted yet, as they will be."""
+        memory = self.unheld.memory
+        found = self._read_waiting(listener, memory) if memory else self._guess_waiting(listener)
+        for client in self.seen:  # of those half made the client has all that it sent
+            other = client.other
+            if other is None or other.state not in HALF_MADE or client.key in self.claimed:
                 continue
-            local, remote = _address(other.family, other.local), _address(other.family, other.remote)
-            client = self.by_key.get((remote.key(other.family), local.key(other.family)))
-            if client is not None or (remote, local) in self.claimed:
-                continue  # the client's own state says so; another listener of the same port has it
-            if other.state == TcpState.CLOSE_WAIT and other.receive_queue <= 1:
-                departed.append((remote, local))
-                self.claimed.add((remote, local))
+            if _belongs(other, listener):
+                local = _address(other.family, other.local)
+                found.append(self._claim(client, local, client.send_queue))
+        return found
+
+    def _claim(self, client: _Seen, local: Address, data: bytes) -> Waiting:
+        """A waiting connection whose other end is in the pod."""
+        self.claimed.add(client.key)
+        return Waiting(client.entry.file_id, client.local, local, data, client.state in FIN_SENT)
+
+    def _read_waiting(self, listener: _Seen, memory: SocketMemory) -> list[Waiting]:
+        """As kernel memory shows them. Who may still have to send is asked before what was received is read."""
+        fd, family = listener.entry.sock.fileno(), listener.entry.family
+        gone = {}
+        for end in memory.waiting(fd):
+            here, there = _key(family, end.local), _key(family, end.remote)
+            if (there, here) not in self.by_key:
+                gone[there, here] = self.unheld.end(there, here)
+        found = []
+        for end in memory.waiting(fd):
+            local, remote = _address(family, end.local), _address(family, end.remote)
+            key = remote.key(family), local.key(family)
+            if client := self.by_key.get(key):
+                rest = self._under_way(client.entry, client.send_queue, client.send_end, end.received_end)
+                found.append(self._claim(client, local, end.received + rest))
+                continue
+            orphan, reset = gone.get(key), end.state == TcpState.CLOSE
+            if orphan is None and not reset and not end.fin_received:
+                reason = "a connection waits to be accepted whose other end is not in the pod"
+                self.around.refuse(listener.entry, reason, RETRY)
+            rest = b""
+            if orphan:
+                rest = self._under_way(listener.entry, orphan.sent, orphan.sent_end, end.received_end)
+            found.append(Waiting(None, remote, local, end.received + rest, not reset, reset))
+        return found
+
+    def _guess_waiting(self, listener: _Seen) -> list[Waiting]:
+        """As the socket diagnosis tells: only where nothing was sent, in any order."""
+        found = []
+        for end in self.unheld.unaccepted(listener.entry.family):
+            local, remote = _address(end.family, end.local), _address(end.family, end.remote)
+            key = remote.key(end.family), local.key(end.family)
+            if not _belongs(end, listener) or key in self.claimed:
+                continue  # another listener of the same port has it
+            client = self.by_key.get(key)
+            empty = end.receive_queue - (end.state == TcpState.CLOSE_WAIT) <= 0
+            if client and empty and not client.send_queue:
+                found.append(self._claim(client, local, b""))
+            elif not client and empty and end.state == TcpState.CLOSE_WAIT:
+                self.claimed.add(key)
+                found.append(Waiting(None, remote, local, fin=True))
             else:
-                self.around.refuse(
-                    seen.entry, "a connection waits to be accepted whose client has sent data and left", RETRY
-                )
-        return fields | {"departed": tuple(departed)}
+                self.claimed.add(key)
+                reason = "data was sent on a connection that is not accepted yet: it can't be read from outside"
+                self.around.refuse((client or listener).entry, reason, RETRY)
+        return found
+
+
+def _key(family: int, packed: tuple[bytes, int]) -> Key:
+    return _address(family, packed).key(family)
 
 
 def _address(family: int, packed: tuple[bytes, int]) -> Address:

@@ -1,19 +1,22 @@
 """Bringing TCP sockets back: podtree.objects.tcp holds the states, how they are collected, and why so.
 
 Order: connections through passing listeners, so that the real ones can't lose or gain anything; what was
-under way and how far each side was closed; then the real listeners, and the clients they have yet to
-accept; then connections being made. All sockets have SO_REUSEADDR meanwhile, since a listener comes after
-connections of its port, which without it would be in its way; what the program had set comes last.
+under way and how far each side was closed; then the real listeners with their options, which what they accept
+inherits, and the connections they have yet to accept; then connections being made. All sockets have
+SO_REUSEADDR meanwhile, since a listener comes after connections of its port, which without it would be in its
+way; what the program had set comes last.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
 import struct
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from podtree.errors import Damaged, RestoreFailed
@@ -23,7 +26,7 @@ from podtree.kernel.namespaces import loopback_up
 from podtree.objects.inet import Address, loopback_for, wildcard
 from podtree.objects.socketcommon import finish
 from podtree.objects.sockopts import BEFORE_BIND, SO_BUF_LOCK, set_option
-from podtree.objects.tcp import TcpSocket
+from podtree.objects.tcp import TcpSocket, Waiting
 
 IP_BIND_ADDRESS_NO_PORT = 24
 IP_LOCAL_PORT_RANGE = 51
@@ -31,6 +34,7 @@ PATIENCE_S = 10.0  # for a handshake over the loopback; microseconds are usual
 SETTLE_S = 0.06  # without any progress, until what does not fit into a receive queue stays with the sender
 BATCH = 1000
 ROOM = 1 << 28
+NOBODY = 9  # the discard port: nothing listens in a pod before its own listeners are there
 ROLES = ("closed", "listening", "connecting", "connected", "finished")
 
 
@@ -83,17 +87,17 @@ class _Restorer:
                 if state.role == role and file_id not in self.made:
                     make(file_id, state)
         for file_id, state in self.states.items():
-            if state.unaccepted:
-                self._unaccepted(file_id, state)
-        for state in self.states.values():
-            for client, server in state.departed:
-                with self._client(state.family, client) as passing:
-                    passing.connect(server.raw(state.family))
+            if state.role == "listening":
+                self._finish(self.made[file_id], state)
+        for file_id, state in self.states.items():
+            if state.waiting:
+                self._wait_at(file_id, state)
         for file_id, state in self.states.items():
             if state.role == "connecting":
                 self._connecting(file_id, state)
         for file_id, state in self.states.items():
-            self._finish(self.made[file_id], state)
+            if state.role != "listening":
+                self._finish(self.made[file_id], state)
         self.done = True
         return self.made
 
@@ -111,6 +115,15 @@ class _Restorer:
                 raise Damaged("a TCP connection whose two ends disagree")
             if state.remote is None and (state.role == "connecting" or state.role == "connected"):
                 raise Damaged("a TCP connection without an address")
+            if state.waiting and state.role != "listening":
+                raise Damaged("connections wait at a TCP socket that does not listen")
+            for one in state.waiting:
+                client = self.states.get(one.client) if one.client is not None else None
+                if one.client is not None and (client is None or not client.unaccepted):
+                    raise Damaged("a TCP listener with a client that does not wait for it")
+        waiting = [one.client for state in self.states.values() for one in state.waiting if one.client is not None]
+        if sorted(waiting) != sorted(file_id for file_id, state in self.states.items() if state.unaccepted):
+            raise Damaged("a TCP connection that waits at no listener, or at two")
 
     # connections
 
@@ -134,6 +147,8 @@ class _Restorer:
                 self._connect(door, links[at : at + BATCH])
         self._fill()
         for one, other in list(self.gone.items()):
+            if self.states[one].error:
+                self._break_off(other, self.states[one].error)
             other.close()  # nothing unread is in there, so this sends a FIN
             self._send(self.made[one], self.states[one].outgoing)  # which then brings the reset it would have
             del self.gone[one]
@@ -232,6 +247,18 @@ class _Restorer:
         if wanted > sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF):
             set_option(sock, "SO_RCVBUF", min(wanted, ROOM))
 
+    @staticmethod
+    def _break_off(sock: socket.socket, error: int = errno.ECONNRESET) -> None:
+        """Have the other end hear of `error` when `sock` is closed, after all that was sent to it."""
+        deadline = time.monotonic() + PATIENCE_S
+        while ksock.unsent(sock.fileno()):
+            if time.monotonic() > deadline:
+                raise RestoreFailed("TCP sockets: what a broken-off connection had received does not arrive again")
+            time.sleep(0.001)
+        if error == errno.EPIPE:  # a reset after a FIN
+            sock.shutdown(socket.SHUT_WR)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
     # what was under way
 
     def _fill(self) -> None:
@@ -271,6 +298,11 @@ class _Restorer:
     # the others
 
     def _closed(self, file_id: int, state: TcpSocket) -> None:
+        if state.error == errno.ECONNREFUSED:
+            self.made[file_id] = sock = self._client(state.family, state.local, file_id)
+            sock.setblocking(False)  # a blocking one would be told at once
+            sock.connect_ex((loopback_for(state.family, "::"), NOBODY))
+            return
         self.made[file_id] = sock = self._new(state.family)
         self._before_bind(sock, state)
         if state.role == "finished":
@@ -288,11 +320,54 @@ class _Restorer:
         sock.bind(state.local.raw(state.family))
         sock.listen(state.backlog)
 
+    def _wait_at(self, file_id: int, listener: TcpSocket) -> None:
+        """Make the connections that `listener` has yet to accept, in their order."""
+        sock = self.made[file_id]
+        deferred = listener.options.get("TCP_DEFER_ACCEPT", 0)
+        if deferred:  # those with nothing sent would not come into the queue
+            set_option(sock, "TCP_DEFER_ACCEPT", 0)
+        sock.listen(len(listener.waiting) + listener.backlog)  # half-made ones were beyond its limit
+        with self._steered_to(file_id, listener):
+            for one in listener.waiting:
+                if one.client is None:
+                    self._departed(listener, one)
+                else:
+                    client = self.states[one.client]
+                    self._unaccepted(one.client, client)
+                    self._send(self.made[one.client], one.data)
+                    self._shut(self.made[one.client], client)
+        sock.listen(listener.backlog)
+        if deferred:
+            set_option(sock, "TCP_DEFER_ACCEPT", deferred)
+
+    @contextlib.contextmanager
+    def _steered_to(self, file_id: int, listener: TcpSocket) -> Iterator[None]:
+        """Of several listeners of one address (SO_REUSEPORT) this one gets the connections."""
+        group = [
+            one
+            for one, state in self.states.items()
+            if state.role == "listening" and (state.family, state.local) == (listener.family, listener.local)
+        ]
+        if len(group) < 2:
+            yield
+            return
+        sock = self.made[file_id]
+        index = group.index(file_id)  # in the group they are in the order in which they began to listen
+        with ksock.reuseport_index(sock, index):
+            yield
+
+    def _departed(self, listener: TcpSocket, one: Waiting) -> None:
+        """A connection whose client has gone."""
+        with self._client(listener.family, one.remote) as passing:
+            passing.connect(one.local.raw(listener.family))
+            self._send(passing, one.data)
+            if one.reset:
+                self._break_off(passing)
+
     def _unaccepted(self, file_id: int, state: TcpSocket) -> None:
         assert state.remote is not None
         self.made[file_id] = sock = self._client(state.family, state.local, file_id)
         sock.connect(state.remote.raw(state.family))
-        self._shut(sock, state)
 
     def _connecting(self, file_id: int, state: TcpSocket) -> None:
         assert state.remote is not None

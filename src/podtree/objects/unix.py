@@ -20,6 +20,8 @@ from podtree.kernel import procfs
 from podtree.kernel import sock as ksock
 from podtree.kernel.sock import Peeked, TcpState
 from podtree.kernel.sockdiag import UnixDiag
+from podtree.kernel.sockmem import Sender, SocketMemory, UnixEmbryo
+from podtree.objects import insight
 from podtree.objects.held import DELETED, path_text
 from podtree.objects.impersonate import Credentials, peer_pids
 from podtree.objects.socketcommon import RETRY, Entry, SocketBase, Surroundings
@@ -50,6 +52,15 @@ class UnixMessage(msgspec.Struct, frozen=True):
     credentials: Credentials | None = None  # as SCM_CREDENTIALS shows
 
 
+class UnixWaiting(msgspec.Struct, frozen=True):
+    """A connection that a listener has yet to accept."""
+
+    client: int | None  # file id of the other end; None: it is gone
+    name: bytes = b""  # of an end that is gone
+    credentials: Credentials | None = None  # who connected
+    queue: tuple[UnixMessage, ...] = ()  # what was sent already
+
+
 class UnixSocket(SocketBase, frozen=True, kw_only=True, tag="unix"):
     """One unix socket. Names are as in sun_path: b"" unnamed, a leading NUL for an abstract name."""
 
@@ -57,8 +68,7 @@ class UnixSocket(SocketBase, frozen=True, kw_only=True, tag="unix"):
     file: SocketFile | None = None
     listening: bool = False
     backlog: int = 0
-    pending: tuple[int, ...] = ()  # of a listener: clients not accepted yet, as file ids
-    pending_credentials: tuple[Credentials, ...] = ()  # of those
+    waiting: tuple[UnixWaiting, ...] = ()  # of a listener: first come first
     connected: bool = False
     peer: int | None = None  # file id; None while connected: the other end is gone
     lost_name: bytes = b""  # name of an other end that is gone
@@ -92,6 +102,7 @@ class _Collector:
         self.listener_names = {(d.type, d.name) for d in self.diag.values() if d.state == TcpState.LISTEN}
         self.mounts: dict[str, str] = {}
         self.gone: dict[int, int] | None = None
+        self.pid_level = -1
 
     def collect(self, entry: Entry) -> UnixSocket | None:
         diag = self.diag.get(entry.ino)
@@ -129,32 +140,51 @@ class _Collector:
     # listeners
 
     def _listener(self, entry: Entry, diag: UnixDiag) -> dict[str, object]:
-        pending: list[int] = []
-        credentials: list[Credentials] = []
-        for ino in diag.pending:
-            client = self.around.by_ino.get(ino)
-            if client is None:
-                self.around.refuse(
-                    entry, "a connection waits to be accepted whose client is gone or is not in the pod", RETRY
-                )
-            elif ksock.unsent(client.sock.fileno()):
-                self.around.refuse(
-                    entry,
-                    f"{client.display} of process {client.process.pid} has sent data on a connection"
-                    " that is not accepted yet: it can't be read from outside",
-                    RETRY,
-                )
-            elif self.diag[ino].shutdown:
-                self.around.refuse(entry, "a connection waits to be accepted that is shut down already", RETRY)
-            else:
-                pending.append(client.file_id)
-                credentials.append(self._holder(client))
-        return {
-            "listening": True,
-            "backlog": diag.send_queue,
-            "pending": tuple(pending),
-            "pending_credentials": tuple(credentials),
-        }
+        memory = insight.sockets() if diag.pending else None
+        if memory is None:
+            waiting = [self._guess_waiting(entry, ino) for ino in diag.pending]
+        else:
+            embryos = memory.embryos(entry.sock.fileno(), self._pid_level(memory))
+            waiting = [self._read_waiting(entry, ino, e) for ino, e in zip(diag.pending, embryos, strict=True)]
+        return {"listening": True, "backlog": diag.send_queue, "waiting": tuple(w for w in waiting if w)}
+
+    def _pid_level(self, memory: SocketMemory) -> int:
+        if self.pid_level < 0:
+            init = next(process for process in self.around.ctx.processes if process.pidfd >= 0)
+            self.pid_level = memory.pid_level(init.pidfd)
+        return self.pid_level
+
+    def _read_waiting(self, entry: Entry, ino: int, embryo: UnixEmbryo) -> UnixWaiting | None:
+        """A connection not accepted yet, as kernel memory shows it."""
+        client = self.around.by_ino.get(ino)
+        if client is None and not embryo.client_gone:
+            reason = "a connection waits to be accepted whose client is not in the pod"
+            self.around.refuse(entry, reason, RETRY)
+        elif embryo.error:
+            self.around.refuse(entry, "a connection waits to be accepted that has an error pending", RETRY)
+        elif any(message.files for message in embryo.queue):
+            reason = "descriptors are on their way (SCM_RIGHTS) on a connection that is not accepted yet"
+            self.around.refuse(client or entry, reason, RETRY)
+        else:
+            queue = tuple(UnixMessage(m.data, credentials=_credentials(m.sender)) for m in embryo.queue)
+            who = _credentials(embryo.made_by)
+            return UnixWaiting(client.file_id if client else None, embryo.client_name, who, queue)
+        return None
+
+    def _guess_waiting(self, entry: Entry, ino: int) -> UnixWaiting | None:
+        """A connection not accepted yet, where nobody can look at it: only with nothing sent."""
+        client = self.around.by_ino.get(ino)
+        if client is None:
+            reason = "a connection waits to be accepted whose client is gone or is not in the pod"
+            self.around.refuse(entry, reason, RETRY)
+        elif ksock.unsent(client.sock.fileno()):
+            reason = "has sent data on a connection that is not accepted yet: it can't be read from outside"
+            self.around.refuse(client, reason, RETRY)
+        elif self.diag[ino].shutdown:
+            self.around.refuse(client, "is shut down already, and not accepted yet", RETRY)
+        else:
+            return UnixWaiting(client.file_id, credentials=self._holder(client))
+        return None
 
     @staticmethod
     def _holder(entry: Entry) -> Credentials:
@@ -331,6 +361,10 @@ class _Collector:
                 if pid or uid != OVERFLOW_ID:
                     credentials = Credentials(self._pod_pid(pid), uid, gid)
         return UnixMessage(peeked.data, sender, by.file_id if by else None, credentials)
+
+
+def _credentials(sender: Sender | None) -> Credentials | None:
+    return Credentials(sender.pid, sender.uid, sender.gid, sender.groups) if sender else None
 
 
 def _mount_id(fd: int) -> str:

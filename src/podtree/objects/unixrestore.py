@@ -29,7 +29,7 @@ from podtree.objects.held import path_bytes
 from podtree.objects.impersonate import Credentials, run_as
 from podtree.objects.socketcommon import finish
 from podtree.objects.sockopts import set_option
-from podtree.objects.unix import SocketFile, UnixMessage, UnixSocket
+from podtree.objects.unix import SocketFile, UnixMessage, UnixSocket, UnixWaiting
 
 BATCH = 1000  # connections through one passing listener; net.core.somaxconn is 4096
 ROOM = 1 << 28  # SO_SNDBUF while queues are filled
@@ -220,7 +220,8 @@ class _Restorer:
                 self.made[file_id].shutdown(state.shutdown - 1)
         self.names.settle()
         for file_id, state in self.states.items():
-            finish(self.made[file_id], state, self._what(file_id))
+            if not state.listening:
+                finish(self.made[file_id], state, self._what(file_id))
         self.done = True
         return self.made
 
@@ -238,11 +239,17 @@ class _Restorer:
 
     def _check(self) -> None:
         """An image may be damaged: every reference must lead somewhere sensible."""
-        for state in self.states.values():
-            refs = [*state.pending, *(m.sender_id for m in state.queue if m.sender_id is not None)]
+        waiting: set[int] = set()
+        for file_id, state in self.states.items():
+            refs = [m.sender_id for m in state.queue if m.sender_id is not None]
+            for client in (w.client for w in state.waiting if w.client is not None):
+                found = self.states.get(client)
+                if found is None or found.peer != file_id or found.listening or client in waiting:
+                    raise Damaged("a unix listener with a client that does not wait for it")
+                waiting.add(client)
             if state.peer is not None:
                 refs.append(state.peer)
-            if any(ref not in self.states for ref in refs) or len(state.pending) != len(state.pending_credentials):
+            if any(ref not in self.states for ref in refs):
                 raise Damaged("a unix socket refers to one that is not in the image")
             if state.socktype not in (socket.SOCK_STREAM, socket.SOCK_DGRAM, socket.SOCK_SEQPACKET):
                 raise Damaged(f"unix socket of type {state.socktype}")
@@ -529,12 +536,26 @@ class _Restorer:
                 continue
             self.made[one] = listener = self._new(state.socktype)
             self._bind(one)
+            run_as(state.credentials, _listening(listener, len(state.waiting) + state.backlog))
+            finish(listener, state, self._what(one))  # what it accepts inherits its options
+            for waiting in state.waiting:
+                self._wait_at(self.places[one], state, waiting)
             run_as(state.credentials, _listening(listener, state.backlog))
-            for client, who in zip(state.pending, state.pending_credentials, strict=True):
-                self.made[client] = sock = self._new(state.socktype)
-                if self.states[client].name:
-                    self._bind(client)
-                run_as(who, self._connecting(self.places[one], [sock]))
+
+    def _wait_at(self, listener: Place, state: UnixSocket, waiting: UnixWaiting) -> None:
+        """Make a connection that is yet to be accepted."""
+        if waiting.client is None:
+            sock = self._pass(state.socktype)
+            if waiting.name:
+                self.names.bind(sock, waiting.name)
+        else:
+            self.made[waiting.client] = sock = self._new(state.socktype)
+            if self.states[waiting.client].name:
+                self._bind(waiting.client)
+        run_as(waiting.credentials, self._connecting(listener, [sock]))
+        self._send(sock, waiting.queue, None)
+        if waiting.client is not None and self.states[waiting.client].shutdown:
+            sock.shutdown(self.states[waiting.client].shutdown - 1)
 
 
 def _listening(sock: socket.socket, backlog: int) -> Callable[[], list[int]]:

@@ -304,6 +304,7 @@ def _bring_back(
         last_cap=last_cap,
         clock_offset_ns=clock.monotonic_ns,
         lazily=userfaultfd.is_available(),
+        ipc=manifest.ipc,
     )
     restorers = [ProcessRestorer(p, tree.bodies[p.place.pid], shared) for p in manifest.processes]
     tree.take_terminals(places)
@@ -314,6 +315,8 @@ def _bring_back(
         fillings.append(filling)
     for restorer in restorers:
         restorer.set_attributes()
+    for restorer in restorers:
+        restorer.change_semaphores_last()
         restorer.make_threads()
         restorer.apply_outside_state()
         restorer.set_leader()

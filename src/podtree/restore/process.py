@@ -15,11 +15,12 @@ from podtree.image.pages import Run, load_map
 from podtree.kernel import fdops, mm, procfs, ptrace, userfaultfd
 from podtree.kernel.pidfd import pidfd_getfd, pidfd_open
 from podtree.kernel.sys import NR, PAGE_SIZE
-from podtree.objects import memory, processes, scheduling, signals, threads, timers
+from podtree.objects import memory, processes, scheduling, signals, sysvipc, threads, timers
 from podtree.objects.descriptors import Deferred
 from podtree.objects.epoll import OwnWatch
 from podtree.objects.memory import Vma, VmaKind
 from podtree.objects.processes import Process
+from podtree.objects.sysvipc import IpcState
 from podtree.restore import pager
 from podtree.restore.arena import SIZE, Body
 from podtree.restore.pager import Lazy, Piece
@@ -45,6 +46,7 @@ class Shared:
     last_cap: int
     clock_offset_ns: int  # the pod's CLOCK_MONOTONIC less ours
     lazily: bool  # large memory may come in when the process runs already
+    ipc: IpcState
 
     def late_ns(self, read_ns: int) -> int:
         """Time that has passed for the pod since `read_ns` of its CLOCK_MONOTONIC, the restore's own included."""
@@ -147,6 +149,7 @@ class ProcessRestorer:
             script.add(NR.fchdir, base + self.process.root, name="fchdir to the root")
             script.add(NR.chroot, script.put(b".\0"), name="chroot")
         processes.restore_attributes(self.process, script, base, self.shared.late_ns(self.process.read_ns))
+        sysvipc.undo_again(self.shared.ipc, self.pid, script)
         self.body.run(script)
         self._register_watches()
         self._place_descriptors()
@@ -215,6 +218,12 @@ class ProcessRestorer:
         script = body.script()
         threads.restore(thread, script, self.shared.last_cap)
         body.run(script)
+
+    def change_semaphores_last(self) -> None:
+        """When all have made their adjustments."""
+        script = self.body.script()
+        sysvipc.changed_last(self.shared.ipc, self.pid, script)
+        self.body.run(script)
 
     def apply_outside_state(self) -> None:
         """Limits and scheduling, which are set from outside, while the leader is still root: prlimit(2) of a
