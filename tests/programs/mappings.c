@@ -7,6 +7,7 @@
 #include <setjmp.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
+#include <sys/shm.h>
 #include <sys/auxv.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
@@ -294,6 +295,58 @@ static void file_shared(void)
     int again = open("shared", O_RDONLY);
     must(read(again, block, sizeof block) == sizeof block);
     expect(!memcmp(block, area, sizeof block), "the file and the mapping differ");
+}
+
+/* System V shared memory, attached whole, read-only, and with holes, other rights and other things in between. */
+static void attached_segments(void)
+{
+    int id = shmget(IPC_PRIVATE, 8 * MB, IPC_CREAT | 0600);
+    must(id >= 0);
+    char *whole = shmat(id, NULL, 0), *parts = shmat(id, NULL, 0);
+    const char *reading = shmat(id, NULL, SHM_RDONLY);
+    must(whole != (void *)-1 && parts != (void *)-1 && reading != (void *)-1);
+    fill(whole, 8 * MB, 60);
+    must(!munmap(parts, MB));
+    must(!munmap(parts + 3 * MB, MB));
+    must(mmap(parts + 3 * MB, MB, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) != MAP_FAILED);
+    fill(parts + 3 * MB, MB, 61);
+    must(!mprotect(parts + 5 * MB, MB, PROT_READ));
+    must(!munmap(parts + 7 * MB + 4096, MB - 4096));
+    int named = open("/SYSV00000000", O_RDWR | O_CREAT, 0600); /* only called as segments are in /proc/PID/maps */
+    must(!ftruncate(named, MB));
+    char *file = map(MB, PROT_READ | PROT_WRITE, MAP_SHARED, named, 0);
+    fill(file, MB, 62);
+    struct shmid_ds before, after;
+    must(!shmctl(id, IPC_STAT, &before));
+    pid_t child = fork();
+    if (!child) {
+        wait_go();
+        fill(whole + 2 * MB, MB, 63);
+        _exit(0);
+    }
+    char *maps = read_maps();
+    frozen();
+    compare_maps(maps, read_maps());
+    waitpid(child, NULL, 0);
+    must(!shmctl(id, IPC_STAT, &after));
+    expect(after.shm_nattch == before.shm_nattch, "%lu attachments instead of %lu", (unsigned long)after.shm_nattch,
+           (unsigned long)before.shm_nattch);
+    fill(whole + 4 * MB, MB, 64);
+    check("a part, by the child", parts + 2 * MB, MB, 63);
+    check("a part, by the other mapping", parts + 4 * MB, MB, 64);
+    check("a page of the last part", parts + 7 * MB, 4096, 60 + 7 * (MB / 8));
+    check("what lies in between", parts + 3 * MB, MB, 61);
+    check("a file with such a name", file, MB, 62);
+    expect(!memcmp(reading, whole, 8 * MB), "the attachment for reading differs");
+    must(!mprotect(parts + 5 * MB, MB, PROT_READ | PROT_WRITE));
+    fill(parts + 5 * MB, MB, 65);
+    check("a part that was read-only", (char *)reading + 5 * MB, MB, 65);
+    expect(mprotect((char *)reading, MB, PROT_READ | PROT_WRITE) && errno == EACCES, "attached for reading");
+    must(!shmdt(parts));
+    must(!msync(parts + 3 * MB, MB, MS_ASYNC));
+    expect(msync(parts + 2 * MB, MB, MS_ASYNC) && errno == ENOMEM, "shmdt has left a part");
+    must(!unlink("/SYSV00000000"));
+    must(!shmctl(id, IPC_RMID, NULL));
 }
 
 static void file_deleted(void)
@@ -589,6 +642,7 @@ const struct test_case cases[] = {{"private_anonymous", private_anonymous},
                                   {"file_private", file_private},
                                   {"file_shared", file_shared},
                                   {"file_deleted", file_deleted},
+                                  {"attached_segments", attached_segments},
                                   {"memory_file", memory_file},
                                   {"protections", protections},
                                   {"past_the_end", past_the_end},

@@ -13,10 +13,11 @@ import functools
 import itertools
 import os
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import msgspec
 
+from podtree.errors import RestoreFailed
 from podtree.kernel import mm, procfs
 from podtree.kernel.procfs import MapEntry
 from podtree.kernel.sys import NR, PAGE_SIZE
@@ -62,6 +63,7 @@ class Vma(msgspec.Struct, frozen=True, kw_only=True):
     offset: int = 0
     grows_down: bool = False
     no_reserve: bool = False
+    read_only: bool = False  # of SYSV: attached with SHM_RDONLY
     locked: bool = False
     advice: tuple[str, ...] = ()  # VmFlags of ADVICE
 
@@ -95,6 +97,23 @@ class Memory(msgspec.Struct, frozen=True, kw_only=True):
 def is_vdso(entry: MapEntry) -> bool:
     """The kernel's own mappings: vvar, vvar_vclock, vdso."""
     return entry.path in ("[vdso]", "[vvar]", "[vvar_vclock]")
+
+
+def is_attached_segment(entry: MapEntry) -> bool:
+    """Attached System V shared memory, which is on a memory file system of the kernel's own; a file of the pod may
+    have such a name, too."""
+    return entry.path.startswith("/SYSV") and entry.device == _kernels_tmpfs()
+
+
+@functools.cache
+def _kernels_tmpfs() -> tuple[int, int]:
+    """Device of shm_mnt (mm/shmem.c), where memfds are as well."""
+    fd = os.memfd_create("probe", os.MFD_CLOEXEC)
+    try:
+        device = os.fstat(fd).st_dev
+    finally:
+        os.close(fd)
+    return os.major(device), os.minor(device)
 
 
 def is_trackable(entry: MapEntry) -> bool:
@@ -141,7 +160,7 @@ def _collect_vma(
         return None
     shared = entry.perms[3] == "s"
     kind, file = VmaKind.ANON, -1
-    if entry.path.startswith("/SYSV"):
+    if is_attached_segment(entry):
         kind, file = VmaKind.SYSV, entry.inode  # the inode number is the segment's id (ipc/shm.c)
     elif entry.inode and not (entry.path == "/dev/zero" and not shared):
         kind = VmaKind.FILE
@@ -167,6 +186,7 @@ def _collect_vma(
         offset=entry.offset if kind is not VmaKind.ANON else 0,
         grows_down="gd" in entry.flags,
         no_reserve="nr" in entry.flags,
+        read_only=kind is VmaKind.SYSV and "mw" not in entry.flags,
         locked="lo" in entry.flags,
         advice=tuple(sorted(entry.flags & ADVICE.keys())),
     )
@@ -280,13 +300,47 @@ def restore_vma(vma: Vma, script: Script, slot_base: int, fill: bool) -> None:
     length = vma.end - vma.start
     if vma.kind is VmaKind.VDSO:
         script.add(NR.arch_prctl, ARCH_MAP_VDSO_64, vma.start, name=f"{what} (vdso)")
-    elif vma.kind is VmaKind.SYSV:
-        flags = 0 if vma.prot & mm.PROT_WRITE else SHM_RDONLY
-        script.add(NR.shmat, vma.file, vma.start, flags, name=f"{what} (shmat)")
-    else:
+    elif vma.kind is not VmaKind.SYSV:
         prot = vma.prot | mm.PROT_READ | mm.PROT_WRITE if fill else vma.prot
         fd = slot_base + vma.file if vma.kind is VmaKind.FILE else -1
         script.add(NR.mmap, vma.start, length, prot, map_flags(vma), fd, vma.offset, name=what)
+
+
+def attachments(vmas: tuple[Vma, ...]) -> list[list[Vma]]:
+    """The mappings of System V shared memory, those of one shmat(2) together: parts of one may be protected
+    otherwise, unmapped or moved.
+    """
+
+    def attachment(vma: Vma) -> tuple[int, int, bool]:
+        return vma.file, vma.start - vma.offset, vma.read_only
+
+    attached = sorted((v for v in vmas if v.kind is VmaKind.SYSV), key=attachment)
+    return [list(group) for _, group in itertools.groupby(attached, attachment)]
+
+
+def attachment_calls(parts: list[Vma], size: int, spare: int) -> Iterator[tuple[NR, tuple[int, ...], str]]:
+    """The calls, with names, that attach a segment of `size` bytes at the free address `spare`, move its parts to
+    their places and unmap the rest. At its own place something else may lie between the parts by now.
+    """
+    first = parts[0]
+    end = -(-size // PAGE_SIZE) * PAGE_SIZE
+    what = f"attach segment {first.file} for {first.start:#x}"
+    move = mm.MREMAP_MAYMOVE | mm.MREMAP_FIXED
+    usual = mm.PROT_READ if first.read_only else mm.PROT_READ | mm.PROT_WRITE
+    yield NR.shmat, (first.file, spare, SHM_RDONLY if first.read_only else 0), f"{what} (shmat)"
+    position = 0
+    for vma in sorted(parts, key=lambda v: v.offset):
+        length = vma.end - vma.start
+        if not position <= vma.offset <= end - length:
+            raise RestoreFailed(f"the image's mapping {vma.start:#x}-{vma.end:#x} is no part of segment {vma.file}")
+        if vma.offset > position:
+            yield NR.munmap, (spare + position, vma.offset - position), f"{what} (munmap)"
+        position = vma.offset + length
+        yield NR.mremap, (spare + vma.offset, length, length, move, vma.start), f"{what} (mremap)"
+        if vma.prot != usual:
+            yield NR.mprotect, (vma.start, length, vma.prot), f"{what} (mprotect)"
+    if position < end:
+        yield NR.munmap, (spare + position, end - position), f"{what} (munmap)"
 
 
 def settle_vma(vma: Vma, script: Script, filled: bool) -> None:

@@ -25,7 +25,7 @@ from podtree.kernel.fdops import proc_fd
 from podtree.kernel.kmem import KernelMemory
 from podtree.kernel.sys import NR, PAGE_SIZE, syscall
 from podtree.objects import contents as contents_module
-from podtree.objects import insight
+from podtree.objects import insight, memory
 from podtree.objects.contents import Contents
 from podtree.objects.context import CollectContext, FrozenProcess, RestoreContext
 from podtree.objects.impersonate import Credentials, ask_inside, pids_available, run_as
@@ -204,7 +204,7 @@ def _segment_file(number: int, size: int, processes: list[FrozenProcess]) -> Ite
     """The file behind a segment: by somebody's mapping of it; attached for the moment if nobody has one."""
     for process in processes:
         for entry in procfs.maps(process.host_pid):
-            if entry.inode == number and entry.path.startswith("/SYSV"):
+            if entry.inode == number and memory.is_attached_segment(entry):
                 fd = os.open(
                     f"/proc/{process.host_pid}/map_files/{entry.start:x}-{entry.end:x}", os.O_RDONLY | os.O_CLOEXEC
                 )

@@ -301,6 +301,7 @@ def _bring_back(
         flags={f.id: f.flags for f in manifest.files},
         holders=_first_holders(manifest),
         epoll_holders={file: pid for (_, file), pid in reversed(_first_holders(manifest).items())},
+        segments={segment.id: segment.size for segment in manifest.ipc.segments},
         last_cap=last_cap,
         clock_offset_ns=clock.monotonic_ns,
         lazily=userfaultfd.is_available(),

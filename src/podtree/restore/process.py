@@ -43,6 +43,7 @@ class Shared:
     flags: dict[int, int]  # OpenFile.id -> F_GETFL
     holders: dict[tuple[int, int], int]  # (descriptor, OpenFile.id) -> the first process that has it so
     epoll_holders: dict[int, int]  # OpenFile.id -> the first process that has it at all
+    segments: dict[int, int]  # size in bytes of System V shared memory by id
     last_cap: int
     clock_offset_ns: int  # the pod's CLOCK_MONOTONIC less ours
     lazily: bool  # large memory may come in when the process runs already
@@ -82,6 +83,8 @@ class ProcessRestorer:
             memory.restore_vma(vma, script, self.shared.slot_base, index in filled)
             script = self._flush(script)
         self.body.run(script)
+        for parts in memory.attachments(self.process.memory.vmas):
+            self._attach(parts)
         self._fill(runs)
         script = self.body.script()
         for index, vma in enumerate(self.process.memory.vmas):
@@ -110,6 +113,19 @@ class ProcessRestorer:
             userfaultfd.register_missing(uffd, vma.start, vma.end)
         flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
         return Lazy(uffd, os.open(f"mem/{self.process.memory.pages}", flags, dir_fd=self.shared.image_dir_fd), pieces)
+
+    def _attach(self, parts: list[Vma]) -> None:
+        """System V shared memory."""
+        size = self.shared.segments.get(parts[0].file)
+        if size is None:
+            raise RestoreFailed(f"the image has a mapping of segment {parts[0].file}, but not the segment")
+        arena = (self.body.arena, self.body.arena + SIZE)
+        spare = memory.free_gap(self.process.memory.vmas, size + PAGE_SIZE, [arena])
+        script = self.body.script()
+        for number, words, name in memory.attachment_calls(parts, size, spare):
+            script.add(number, *words, name=name)
+            script = self._flush(script)
+        self.body.run(script)
 
     def _flush(self, script: Script) -> Script:
         if not script.full:
