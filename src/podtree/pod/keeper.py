@@ -62,6 +62,7 @@ class Keeper:
         self._listener = nursery.listen(dirs.run, CONTROL)
         self._births = nursery.listen(dirs.run, nursery.SOCKET)
         self._warm = start.restore
+        nursery.code_identity()  # of the code that this process runs, noted before anybody changes it
         self._wake_r, wake_w = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._wake_w = wake_w
 
@@ -149,7 +150,8 @@ class Keeper:
         """Load the engine, once: for supervisors to come, of this pod or another."""
         if not self._warm:
             self._warm = True
-            nursery.load_engine()
+            with contextlib.suppress(Exception):  # whoever needs it will say what is wrong
+                nursery.load_engine()
 
     def _give_birth(self) -> None:
         """Fork the keeper of another pod for whoever asks (podtree.pod.nursery)."""
