@@ -19,8 +19,8 @@ import msgspec
 from podtree.image import manifest as manifest_file
 from podtree.image.manifest import Manifest
 from podtree.image.pages import Run, load_map, subtract_runs
-from podtree.objects.descriptors import FileState
 from podtree.objects.held import path_bytes
+from podtree.objects.kinds import FileState
 from podtree.objects.processes import Process
 
 HIDDEN = ".podtree"
@@ -127,7 +127,7 @@ def _describe(what: FileState, pos: int) -> str:
     """A file state in one line: its kind and what tells it apart."""
     data = msgspec.to_builtins(what)
     kind = data.pop("type", type(what).__name__)
-    for name in ("path", "name", "local", "number", "index"):
+    for name in ("path", "name", "local", "number", "index", "pid"):
         value = data.get(name)
         if value not in (None, ""):
             if name in ("path", "name"):

@@ -1,10 +1,18 @@
-"""Process descriptors: pidfd_open(2), pidfd_getfd(2), pidfd_send_signal(2)."""
+"""Process descriptors: pidfd_open(2), pidfd_getfd(2), pidfd_send_signal(2); include/uapi/linux/pidfd.h (Linux 6.18)."""
 
 from __future__ import annotations
 
+import fcntl
+import os
 import select
+import struct
 
 from podtree.kernel.sys import NR, syscall
+
+PIDFD_THREAD = os.O_EXCL  # of one thread, not of a process (Linux 6.9); F_GETFL shows it
+PIDFD_GET_INFO = 0xC040FF0B  # _IOWR(0xFF, 11, struct pidfd_info): Linux 6.13
+PIDFD_INFO_EXIT = 1 << 3  # Linux 6.15
+_INFO = struct.Struct("QQ11Ii")  # mask, cgroup id, pids and credentials, exit code
 
 
 def pidfd_open(pid: int) -> int:
@@ -27,3 +35,15 @@ def has_ended(pidfd: int, timeout_s: float = 0) -> bool:
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)
     return bool(poll.poll(timeout_s * 1000))
+
+
+def exit_status(pidfd: int) -> int | None:
+    """How a process ended that has been waited for, as wait(2) reports it; None if the kernel doesn't tell."""
+    raw = bytearray(_INFO.size)
+    _INFO.pack_into(raw, 0, PIDFD_INFO_EXIT, *[0] * 13)
+    try:
+        fcntl.ioctl(pidfd, PIDFD_GET_INFO, raw)
+    except OSError:
+        return None
+    mask, *_, status = _INFO.unpack(raw)
+    return int(status) if mask & PIDFD_INFO_EXIT else None

@@ -13,10 +13,9 @@ import fcntl
 import os
 import resource
 import stat
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
 
 import msgspec
 
@@ -25,27 +24,12 @@ from podtree.kernel import fdops
 from podtree.kernel.fdinfo import FdInfo, read_fdinfo
 from podtree.kernel.kcmp import compare_files
 from podtree.kernel.pidfd import pidfd_getfd, pidfd_open
-from podtree.objects import devices, epoll, eventfd, files, inotify, memfd, pipes, signalfd, sockets, timerfd, tty
+from podtree.objects import epoll, files, inotify, kinds, pidfd, signalfd, tty
 from podtree.objects.contents import Contents
 from podtree.objects.context import CollectContext, FrozenProcess, RestoreContext
 from podtree.objects.held import Held, PodView, pod_id
 from podtree.objects.slots import RAISE_LIMIT, raise_descriptor_limit, slot_base, too_many
 from podtree.objects.tty import ControllingTerminal
-
-FileState: TypeAlias = (
-    files.FileStates
-    | pipes.Pipe
-    | pipes.StdioPipe
-    | eventfd.EventFd
-    | timerfd.TimerFd
-    | signalfd.SignalFd
-    | epoll.Epoll
-    | inotify.Inotify
-    | memfd.MemoryFile
-    | devices.Device
-    | tty.TtyStates
-    | sockets.SocketState
-)
 
 #: Flags that F_SETFL can set (fs/fcntl.c, SETFL_MASK), without O_ASYNC, which records the setter's descriptor.
 SETTABLE = os.O_APPEND | os.O_NONBLOCK | os.O_DIRECT | os.O_NOATIME
@@ -92,22 +76,12 @@ class OpenFile(msgspec.Struct, frozen=True):
     id: int
     flags: int
     pos: int
-    what: FileState
+    what: kinds.FileState
     owner: Owner | None = None
     locks: tuple[FileLock, ...] = ()
 
 
 # ----------------------------------------------------------------------------------------------- collect
-
-_UNSAVED = {
-    "io_uring": "the rings are shared with the kernel",
-    "fanotify": "the marks can't be found again by name",
-    "userfaultfd": "faults may be waiting for it",
-    "perf_event": "counters belong to the machine",
-    "seccomp notify": "another process may be waiting for an answer",
-    "pidfd": "process descriptors are not saved yet",
-}
-
 
 class FileTable:
     """All open file descriptions of a frozen pod. `contents` takes what memory files hold.
@@ -212,13 +186,13 @@ class FileTable:
     def finish(self) -> list[OpenFile]:
         """States of all; one that can't be saved is named in ctx.problems and left out."""
         self.hush()
-        states = _States(self).collect()
+        states = kinds.collect(self, self.ctx)
         result = []
         for held in self.all:
             if held.id not in states:
                 continue
             what = states[held.id]
-            pos = held.info.pos if isinstance(what, _POSITIONED) else 0
+            pos = held.info.pos if isinstance(what, kinds.POSITIONED) else 0
             locks = tuple(self._locks.get(held.id, ()))
             result.append(OpenFile(held.id, _saved_flags(held), pos, what, self._owner(held), locks))
         self._refuse_too_many(result)
@@ -297,103 +271,9 @@ def _masters_of(pid: int) -> list[int]:
     return found
 
 
-_POSITIONED = (files.RegularFile, files.Ghost, files.Directory, files.LogFile, memfd.MemoryFile)
-
-
 def _saved_flags(held: Held) -> int:
     """O_TMPFILE leaves O_DIRECTORY behind on what is a regular file."""
     return held.flags & (SAVED_FLAGS if held.kind == stat.S_IFDIR else SAVED_FLAGS & ~os.O_DIRECTORY)
-
-
-class _States:
-    """Sorts the descriptions of a table by kind and has each kind collected."""
-
-    def __init__(self, table: FileTable) -> None:
-        self.table = table
-        self.ctx = table.ctx
-        self.states: dict[int, FileState] = {}
-        self.pipes: list[Held] = []
-        self.ttys: list[Held] = []
-        self.epolls: list[Held] = []
-        self.sockets = sockets.SocketCollector(table.ctx)
-
-    def collect(self) -> dict[int, FileState]:
-        for held in self.table.all:
-            with self._naming(held):
-                self._sort(held)
-        self._group(self.pipes, lambda: pipes.collect_pipes(self.pipes, self.ctx, self.table.view))
-        self._group(self.ttys, lambda: tty.collect_ttys(self.ttys, self.ctx, self.table.view))
-        self._group(self.epolls, lambda: epoll.collect_epolls(self.epolls, self.table.all, self.ctx))
-        self.states.update(self.sockets.finish())
-        return self.states
-
-    @contextlib.contextmanager
-    def _naming(self, held: Held) -> Iterator[None]:
-        """Whatever goes wrong with one object refuses that object."""
-        try:
-            yield
-        except (OSError, ValueError, RuntimeError) as error:
-            held.refuse(self.ctx, f"its state can't be read: {error}")
-
-    def _group(self, group: list[Held], collect: Callable[[], Mapping[int, FileState]]) -> None:
-        if group:
-            with self._naming(group[0]):
-                self.states.update(collect())
-
-    def _sort(self, held: Held) -> None:
-        if held.flags & os.O_PATH or held.kind in (stat.S_IFDIR, stat.S_IFLNK):
-            self._file(held)
-        elif held.kind == stat.S_IFSOCK:
-            process = held.process or self.ctx.processes[0]
-            self.sockets.add(held.id, process, held.display, held.fd)
-        elif held.kind == stat.S_IFIFO:
-            self.pipes.append(held)
-        elif tty.is_tty(held):
-            self.ttys.append(held)
-        elif held.kind in (stat.S_IFCHR, stat.S_IFBLK):
-            self._put(held, devices.collect(held, self.ctx, self.table.view))
-        elif held.link.startswith(b"anon_inode:") or held.kind == 0:
-            self._anonymous(held)
-        elif held.link.startswith(b"pidfd:"):
-            self._refuse_anonymous(held, "pidfd")
-        else:
-            self._regular(held)
-
-    def _put(self, held: Held, state: FileState | None) -> None:
-        if state is not None:
-            self.states[held.id] = state
-
-    def _file(self, held: Held) -> None:
-        self._put(held, files.collect_file(held, self.ctx, self.table.view, self.table.ghosts))
-
-    def _regular(self, held: Held) -> None:
-        kind = memfd.classify(held, self.table.view)
-        if held.link.startswith(b"/anon_hugepage"):
-            held.refuse(self.ctx, memfd.HUGE, memfd.HUGE_HINT)
-        elif kind:
-            self._put(held, memfd.collect(held, kind, self.ctx, self.table.contents))
-        else:
-            self._file(held)
-
-    def _anonymous(self, held: Held) -> None:
-        name = held.link.decode(errors="replace").removeprefix("anon_inode:").strip("[]")
-        match name:
-            case "eventfd":
-                self._put(held, eventfd.collect(held))
-            case "timerfd":
-                self._put(held, timerfd.collect(held, self.ctx.clock_offset_ns))
-            case "signalfd":
-                self._put(held, signalfd.collect(held))
-            case "eventpoll":
-                self.epolls.append(held)
-            case "inotify":
-                self._put(held, self.table.watchers.collect(held, self.table.add_local))
-            case _:
-                self._refuse_anonymous(held, name)
-
-    def _refuse_anonymous(self, held: Held, name: str) -> None:
-        reason = _UNSAVED.get(name, "this kind of object is not known")
-        held.refuse(self.ctx, f"{name} can't be saved: {reason}", "close it, or run the program without it")
 
 
 # ----------------------------------------------------------------------------------------------- restore
@@ -442,12 +322,12 @@ def restore_files(entries: list[OpenFile], ctx: RestoreContext, slot_base: int) 
     slots = _Slots(entries, slot_base)
     leads: list[tuple[int, tty.Settings]] = []
     try:
-        for number, fd in _make_all(entries, ctx, leads):
+        for number, fd in kinds.make_all(entries, ctx, leads):
             slots.place(number, fd)
         watches = epoll.register_all(
             [(e.id, e.what) for e in entries if isinstance(e.what, epoll.Epoll)],
             {e.id: slot_base + e.id for e in entries},
-            {e.id for e in entries if isinstance(e.what, signalfd.SignalFd)},
+            {e.id for e in entries if isinstance(e.what, signalfd.SignalFd | pidfd.PidFd)},
         )
         inotify.watch_all(
             [(e.id, e.what) for e in entries if isinstance(e.what, inotify.Inotify)],
@@ -471,38 +351,6 @@ def _validate(entries: list[OpenFile]) -> None:
     ids = [e.id for e in entries]
     if len(set(ids)) != len(ids) or any(not 0 <= number < MAX_FILES for number in ids):
         raise Damaged("the image's open files have impossible numbers")
-
-
-def _make_all(
-    entries: list[OpenFile], ctx: RestoreContext, leads: list[tuple[int, tty.Settings]]
-) -> Iterable[tuple[int, int]]:
-    """(id, descriptor) of everything, kind after kind."""
-
-    def of(*kinds: type) -> list[Any]:
-        return [(e.id, e.flags, e.what) for e in entries if isinstance(e.what, kinds)]
-
-    yield from files.restore_ghosts(of(files.Ghost), ctx).items()
-    yield from files.restore_directories(of(files.Directory)).items()
-    yield from memfd.restore_memory_files(of(memfd.MemoryFile), ctx).items()
-    for number, flags, state in of(files.RegularFile, files.LogFile, files.PathNode):
-        yield number, files.restore_file(state, flags, ctx)
-    for number, flags, state in of(devices.Device):
-        yield number, devices.restore(state, flags)
-    yield from pipes.restore_pipes(of(pipes.Pipe, pipes.StdioPipe), ctx).items()
-    for module, kind in ((eventfd, eventfd.EventFd), (signalfd, signalfd.SignalFd)):
-        for number, _, state in of(kind):
-            yield number, module.restore(state)
-    for number, _, state in of(timerfd.TimerFd):
-        yield number, timerfd.restore(state, ctx.late_ns(state.read_ns))
-    for number, _, state in of(epoll.Epoll):
-        yield number, epoll.restore(state)
-    for number, _, state in of(inotify.Inotify):
-        yield number, inotify.restore(state)
-    found, needs = tty.restore_ttys(of(tty.PtyMaster, tty.PtySlave, tty.HungUpTty), ctx)
-    leads += needs
-    yield from found.items()
-    others = {e.id: e.what for e in entries if isinstance(e.what, sockets.SocketState)}
-    yield from sockets.restore_sockets(others, ctx).items()
 
 
 class _Slots:
@@ -536,7 +384,7 @@ class _Slots:
         return self.end - 1
 
     def _finish(self, entry: OpenFile, fd: int) -> None:
-        if isinstance(entry.what, _POSITIONED) and entry.pos != os.lseek(fd, 0, os.SEEK_CUR):
+        if isinstance(entry.what, kinds.POSITIONED) and entry.pos != os.lseek(fd, 0, os.SEEK_CUR):
             os.lseek(fd, entry.pos, os.SEEK_SET)
         fcntl.fcntl(fd, fcntl.F_SETFL, entry.flags & SETTABLE)
         checked = os.O_ACCMODE | SETTABLE | os.O_SYNC | os.O_DSYNC

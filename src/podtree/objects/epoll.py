@@ -21,6 +21,7 @@ from podtree.errors import Damaged, RestoreFailed
 from podtree.kernel import fdops
 from podtree.kernel.kcmp import is_epoll_target
 from podtree.kernel.sys import NR, syscall
+from podtree.objects import pidfd
 from podtree.objects.context import CollectContext
 from podtree.objects.held import Held
 
@@ -99,7 +100,7 @@ def _find(epoll: Held, fd: int, occurrence: int, candidates: list[Held]) -> Held
 
 def _can_spend(target: Held) -> bool:
     """Whether a new registration can be made to fire. A signalfd tells each process of its own signals only."""
-    if target.link == b"anon_inode:[signalfd]":
+    if target.link in (b"anon_inode:[signalfd]", pidfd.LINK):
         return False
     return target.link.startswith(b"pipe:") or bool(_ready(target.fd))
 
@@ -139,19 +140,20 @@ class OwnWatch(msgspec.Struct, frozen=True):
 
 
 def register_all(
-    epolls: Iterable[tuple[int, Epoll]], slots: Mapping[int, int], signalfds: Collection[int]
+    epolls: Iterable[tuple[int, Epoll]], slots: Mapping[int, int], own: Collection[int]
 ) -> list[OwnWatch]:
     """Make all registrations. `epolls`: (OpenFile id, state); `slots`: OpenFile id -> the caller's descriptor.
 
-    The caller must have one thread only: numbers that it uses itself are borrowed for a moment. Those of
-    `signalfds` are returned: a signalfd wakes the process that registered it (fs/signalfd.c, signalfd_poll()).
+    The caller must have one thread only: numbers that it uses itself are borrowed for a moment. Those of files in
+    `own` are returned: a signalfd wakes the process that registered it (fs/signalfd.c, signalfd_poll()), a pidfd
+    isn't there yet.
     """
     left: list[OwnWatch] = []
     for number, state in epolls:
         for watch in sorted(state.watches, key=lambda w: not w.spent):
             if watch.file not in slots:
                 raise Damaged(f"the image's epoll {number} watches a file {watch.file} that is not in it")
-            if watch.file in signalfds and not watch.spent:
+            if watch.file in own and not watch.spent:
                 left.append(OwnWatch(number, watch))
             else:
                 _register(slots[number], slots[watch.file], watch)

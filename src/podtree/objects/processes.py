@@ -205,7 +205,5 @@ def restore_attributes(process: Process, script: Script, slot_base: int, late_ns
     for bit in range(32):
         if process.membarrier >> bit & 1:
             script.add(NR.membarrier, 1 << bit, 0, 0, name="membarrier registration")
-    if process.personality:
-        script.add(NR.personality, process.personality, name="personality")
     signals.restore_actions(process.actions, script)
     timers.restore_posix_timers(list(process.posix_timers), script, late_ns)

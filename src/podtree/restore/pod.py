@@ -36,6 +36,7 @@ from podtree.pod.live import INIT, ClockOffsets, ExecSession, Launched, LivePod
 from podtree.pod.spec import PodSpec
 from podtree.restore import arena, pager, plan
 from podtree.restore.arena import Body
+from podtree.restore.late import LateFiles
 from podtree.restore.pager import Filling
 from podtree.restore.process import ProcessRestorer, Shared
 from podtree.restore.tree import Tree
@@ -308,6 +309,9 @@ def _bring_back(
         ipc=manifest.ipc,
     )
     restorers = [ProcessRestorer(p, tree.bodies[p.place.pid], shared) for p in manifest.processes]
+    for restorer in restorers:
+        restorer.clone_threads()
+    _make_late_files(manifest, tree, layout, shared)
     tree.take_terminals(places)
     for restorer in restorers:
         restorer.map_memory()
@@ -318,7 +322,7 @@ def _bring_back(
         restorer.set_attributes()
     for restorer in restorers:
         restorer.change_semaphores_last()
-        restorer.make_threads()
+        restorer.set_threads()
         restorer.apply_outside_state()
         restorer.set_leader()
     sysvipc.settle(manifest.ipc, launched.init_pid)
@@ -327,6 +331,17 @@ def _bring_back(
         restorer.hear_of_children(children)
         restorer.finish()
     return restorers
+
+
+def _make_late_files(manifest: Manifest, tree: Tree, layout: _Layout, shared: Shared) -> None:
+    """What is of tasks, and what is watched by epoll of that."""
+    files = LateFiles(manifest.files, tree, layout.slot_base)
+    tasks = {t.tid for p in manifest.processes for t in p.threads} | {z.place.pid for z in manifest.zombies}
+    files.make(tasks.__contains__)
+    needed: dict[int, set[int]] = {p.place.pid: {fd.file for fd in p.fds} for p in manifest.processes}
+    for own in shared.deferred.watches:
+        needed[shared.watch_owner(own)].add(own.watch.file)
+    files.hand_out(lambda pid: needed.get(pid, ()))
 
 
 def _first_holders(manifest: Manifest) -> dict[tuple[int, int], int]:

@@ -222,16 +222,21 @@ class ProcessRestorer:
 
     # --- threads
 
-    def make_threads(self) -> None:
-        """Create the other threads with their ids, then give every thread its own state."""
+    def clone_threads(self) -> None:
+        """Create the other threads with their ids, early: timers and descriptors may refer to them."""
         for thread in self.process.threads[1:]:
             child = self.body.clone(THREAD_FLAGS, 0, thread.tid)
             self.bodies.append(Body(child, self.body.arena, self.body.family))
+
+    def set_threads(self) -> None:
+        """Give every thread but the leader its own state."""
         for thread, body in zip(self.process.threads[1:], self.bodies[1:], strict=True):
             self._set_thread(thread, body)
 
     def _set_thread(self, thread: threads.Thread, body: Body) -> None:
         script = body.script()
+        if self.process.personality:
+            script.add(NR.personality, self.process.personality, name="personality")
         threads.restore(thread, script, self.shared.last_cap)
         body.run(script)
 

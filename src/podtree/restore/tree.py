@@ -5,18 +5,20 @@ All are copies of the stem, traced from birth, and act on themselves through the
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 import struct
 import termios
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from podtree.errors import RestoreFailed
 from podtree.kernel import procfs, ptrace
 from podtree.kernel.sys import NR
 from podtree.objects.processes import PR_SET_CHILD_SUBREAPER, Place, Zombie
 from podtree.restore.arena import Body
-from podtree.restore.plan import EndHelper, JoinGroup, NewSession, Spawn, Step
+from podtree.restore.plan import FIRST_HELPER_PID, EndHelper, JoinGroup, NewSession, Spawn, Step
 from podtree.script.task import TaskLost
 
 PTS_MAJOR = 136  # Documentation/admin-guide/devices.txt: 136-143 are pty slaves
@@ -99,6 +101,16 @@ class Tree:
             name = body.put(zombie.comm[:15] + b"\0")
             body.do(NR.prctl, 15, name, 0, 0, 0)
             _die(body, zombie.status)
+
+    @contextlib.contextmanager
+    def passing(self, status: int) -> Iterator[int]:
+        """The pid of a child of process 1 that afterwards has ended with a wait status, and has been waited for."""
+        pid = next(pid for pid in itertools.count(FIRST_HELPER_PID) if pid not in self.bodies)
+        first = self.bodies[1]
+        body = Body(first.clone(0, 0, pid), self.arena, first.family)
+        yield pid
+        _die(body, status)
+        first.do(NR.wait4, pid, 0, WALL, 0)
 
     def set_last_pid(self, last_pid: int, proc_fd: int) -> None:
         """New processes get numbers above `last_pid` again. `proc_fd`: a /proc in the first process's descriptors
