@@ -29,8 +29,6 @@ MS_REC = 0x4000
 MS_PRIVATE = 1 << 18
 MNT_DETACH = 2
 
-NR_OPENAT2 = 437
-
 
 class FsConfig(enum.IntEnum):
     """Commands of fsconfig(2)."""
@@ -163,7 +161,7 @@ def pivot_into(root_fd: int) -> None:
 def openat2(dir_fd: int, path: str, flags: int, resolve: Resolve, mode: int = 0) -> int:
     """Open `path` below `dir_fd` under the given rules; close-on-exec is always set."""
     how = struct.pack("QQQ", flags | os.O_CLOEXEC, mode, resolve)
-    return syscall(NR_OPENAT2, dir_fd, _c(path), how, len(how))
+    return syscall(NR.openat2, dir_fd, _c(path), how, len(how))
 
 
 class Mount(NamedTuple):

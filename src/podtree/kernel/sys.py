@@ -169,6 +169,7 @@ class NR(enum.IntEnum):
     pidfd_open = 434
     clone3 = 435
     close_range = 436
+    openat2 = 437
     pidfd_getfd = 438
     epoll_pwait2 = 441
     mount_setattr = 442

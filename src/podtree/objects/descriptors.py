@@ -24,7 +24,7 @@ from podtree.kernel import fdops
 from podtree.kernel.fdinfo import FdInfo, read_fdinfo
 from podtree.kernel.kcmp import compare_files
 from podtree.kernel.pidfd import pidfd_getfd, pidfd_open
-from podtree.objects import epoll, files, inotify, kinds, pidfd, signalfd, tty
+from podtree.objects import epoll, files, inotify, kinds, signalfd, tty
 from podtree.objects.contents import Contents
 from podtree.objects.context import CollectContext, FrozenProcess, RestoreContext
 from podtree.objects.held import Held, PodView, pod_id
@@ -327,7 +327,7 @@ def restore_files(entries: list[OpenFile], ctx: RestoreContext, slot_base: int) 
         watches = epoll.register_all(
             [(e.id, e.what) for e in entries if isinstance(e.what, epoll.Epoll)],
             {e.id: slot_base + e.id for e in entries},
-            {e.id for e in entries if isinstance(e.what, signalfd.SignalFd | pidfd.PidFd)},
+            {e.id for e in entries if isinstance(e.what, (signalfd.SignalFd, *kinds.LATE))},
         )
         inotify.watch_all(
             [(e.id, e.what) for e in entries if isinstance(e.what, inotify.Inotify)],

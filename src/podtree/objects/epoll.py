@@ -100,7 +100,7 @@ def _find(epoll: Held, fd: int, occurrence: int, candidates: list[Held]) -> Held
 
 def _can_spend(target: Held) -> bool:
     """Whether a new registration can be made to fire. A signalfd tells each process of its own signals only."""
-    if target.link in (b"anon_inode:[signalfd]", pidfd.LINK):
+    if target.link in (b"anon_inode:[signalfd]", pidfd.LINK) or target.link.startswith(b"/proc/"):
         return False
     return target.link.startswith(b"pipe:") or bool(_ready(target.fd))
 

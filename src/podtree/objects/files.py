@@ -225,8 +225,7 @@ def collect_file(held: Held, ctx: CollectContext, view: PodView, ghosts: GhostKe
     if where is None:
         held.refuse(ctx, "it was opened outside of the pod's mounts", "close it, or bind its directory with -v")
         return None
-    # /proc is mounted by the pod's pid 1, later than the builder could open anything there.
-    if where.fstype in PSEUDO and (held.kind != stat.S_IFDIR or where.fstype == "proc"):
+    if where.fstype in PSEUDO - {"sysfs"} and held.kind != stat.S_IFDIR:
         hint = "close it, or try again if it is only open for a moment"
         held.refuse(ctx, f"an open file of {where.fstype} can't be saved", hint)
         return None
@@ -237,6 +236,7 @@ def collect_file(held: Held, ctx: CollectContext, view: PodView, ghosts: GhostKe
     if name is not None:
         if held.kind != stat.S_IFREG:
             return PathNode(path_text(name), held.kind)
+        external = external or where.fstype in PSEUDO
         return RegularFile(path_text(name), held.stat.st_size, held.stat.st_mtime_ns, external)
     if held.kind != stat.S_IFREG:
         held.refuse(ctx, "an O_PATH descriptor of something that has no name any more")

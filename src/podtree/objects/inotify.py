@@ -112,7 +112,11 @@ class Watchers:
                 reason = f"watch {line.wd} is of inode {line.ino} of device {_text(line.device)}, which can't be found"
                 held.refuse(self.ctx, reason, "remove the watch")
                 continue
+            where = self.view.mounts.get(read_fdinfo("self", fd).mount_id)
             name = os.readlink(f"/proc/self/fd/{fd}")
+            if where and where.fstype == "proc":
+                held.refuse(self.ctx, f"watch {line.wd} is of a file of /proc: {name}", "remove the watch")
+                continue
             watches.append(Watch(line.wd, add(fd, f"{held.display} watching {name}"), line.mask))
         watches.sort(key=lambda watch: watch.wd)
         return Inotify(tuple(watches), max((watch.wd for watch in watches), default=0) % MAX_WD + 1)

@@ -19,8 +19,10 @@ from podtree.objects import (
     files,
     inotify,
     memfd,
+    nsfiles,
     pidfd,
     pipes,
+    procfiles,
     signalfd,
     sockets,
     timerfd,
@@ -40,14 +42,18 @@ FileState: TypeAlias = (
     | epoll.Epoll
     | inotify.Inotify
     | pidfd.PidFd
+    | procfiles.ProcFile
+    | nsfiles.NamespaceFile
     | memfd.MemoryFile
     | devices.Device
     | tty.TtyStates
     | sockets.SocketState
 )
 
+#: What can only be made when the tasks are there; until then something else is in its slot.
+LATE = (pidfd.PidFd, procfiles.ProcFile, nsfiles.NamespaceFile)
 #: What has an offset.
-POSITIONED = (files.RegularFile, files.Ghost, files.Directory, files.LogFile, memfd.MemoryFile)
+POSITIONED = (files.RegularFile, files.Ghost, files.Directory, files.LogFile, memfd.MemoryFile, procfiles.ProcFile)
 
 
 class Table(Protocol):
@@ -114,7 +120,9 @@ class _States:
                 self.states.update(collect())
 
     def _sort(self, held: Held) -> None:
-        if held.flags & os.O_PATH or held.kind in (stat.S_IFDIR, stat.S_IFLNK):
+        if procfiles.is_one(held, self.table.view):
+            self._put(held, procfiles.collect(held, self.ctx, self.table.view))
+        elif held.flags & os.O_PATH or held.kind in (stat.S_IFDIR, stat.S_IFLNK):
             self._file(held)
         elif held.kind == stat.S_IFSOCK:
             process = held.process or self.ctx.processes[0]
@@ -127,6 +135,8 @@ class _States:
             self._put(held, devices.collect(held, self.ctx, self.table.view))
         elif held.link.startswith(b"anon_inode:") or held.kind == 0:
             self._anonymous(held)
+        elif nsfiles.is_one(held):
+            self._put(held, nsfiles.collect(held, self.ctx))
         else:
             self._regular(held)
 
@@ -210,6 +220,8 @@ def make_all(
         yield number, inotify.restore(state)
     for number, _, _ in of(pidfd.PidFd):
         yield number, pidfd.restore()
+    for number, flags, _ in of(procfiles.ProcFile, nsfiles.NamespaceFile):
+        yield number, procfiles.restore(flags)
     found, needs = tty.restore_ttys(of(tty.PtyMaster, tty.PtySlave, tty.HungUpTty), ctx)
     leads += needs
     yield from found.items()

@@ -1,4 +1,4 @@
-"""Open files that are of tasks, and can only be made when those are there.
+"""Open files that are of tasks, and can only be made when those are there: pidfds, files of /proc.
 
 The pod's first process makes each, once, and puts it into its slot, where the builder has left something else; the
 others get theirs from it (pidfd_getfd(2)). All this before any process takes its own descriptor numbers.
@@ -6,17 +6,23 @@ others get theirs from it (pidfd_getfd(2)). All this before any process takes it
 
 from __future__ import annotations
 
+import os
+import struct
 from collections.abc import Callable, Collection, Iterable
+from typing import Any
 
 from podtree.errors import Damaged
+from podtree.kernel.mount import AT_FDCWD, Resolve
 from podtree.kernel.pidfd import PIDFD_THREAD
 from podtree.kernel.sys import NR
+from podtree.objects import kinds, nsfiles, procfiles
 from podtree.objects.descriptors import OpenFile
+from podtree.objects.files import OPEN_FLAGS
+from podtree.objects.nsfiles import NamespaceFile
 from podtree.objects.pidfd import PidFd
+from podtree.objects.procfiles import ProcFile
 from podtree.restore.arena import Body
 from podtree.restore.tree import Tree
-
-NONBLOCK = 0o4000  # PIDFD_NONBLOCK is O_NONBLOCK
 
 
 class LateFiles:
@@ -25,28 +31,54 @@ class LateFiles:
     def __init__(self, files: Iterable[OpenFile], tree: Tree, slot_base: int) -> None:
         self.tree = tree
         self.slot_base = slot_base
-        self.pidfds = [(file.id, file.flags, file.what) for file in files if isinstance(file.what, PidFd)]
+        self.files = [file for file in files if isinstance(file.what, kinds.LATE)]
 
     def make(self, task_exists: Callable[[int], bool]) -> None:
         """Make all, in process 1's slots. `task_exists(id)`: whether a process or thread has that id. Raises
         RestoreFailed or Damaged."""
-        ended: dict[str, list[tuple[int, int, PidFd]]] = {}
-        for number, flags, state in self.pidfds:
-            if not state.pid:
-                ended.setdefault(state.key, []).append((number, flags, state))
-            elif task_exists(state.pid):
-                self._make_pidfd(number, flags, state, state.pid)
-            else:
-                raise Damaged(f"the image has a pidfd of process {state.pid}, which is not in it")
+        ended: dict[Any, list[OpenFile]] = {}
+        for file in self.files:
+            match file.what:
+                case PidFd(pid=0):
+                    ended.setdefault(file.what.key, []).append(file)
+                case ProcFile(gone=pid) if pid:
+                    ended.setdefault(pid, []).append(file)
+                case PidFd(pid=pid):
+                    if not task_exists(pid):
+                        raise Damaged(f"the image has a pidfd of process {pid}, which is not in it")
+                    self._make(file, pid)
+                case _:
+                    self._make(file, 0)
         for group in ended.values():
-            with self.tree.passing(group[0][2].status) as pid:
-                for number, flags, state in group:
-                    self._make_pidfd(number, flags, state, pid)
+            what = group[0].what
+            status = what.status if isinstance(what, PidFd) else 0
+            with self.tree.passing(status, what.gone if isinstance(what, ProcFile) else 0) as pid:
+                for file in group:
+                    self._make(file, pid)
 
-    def _make_pidfd(self, number: int, flags: int, state: PidFd, pid: int) -> None:
-        wanted = flags & NONBLOCK | (PIDFD_THREAD if state.thread else 0)
+    def _make(self, file: OpenFile, pid: int) -> None:
+        """Make one. `pid`: whose it is, for what tells it by a number that may be another than before."""
         body = self.tree.bodies[1]
-        self._place(body, number, body.do(NR.pidfd_open, pid, wanted))
+        match file.what:
+            case PidFd(thread=thread):
+                wanted = file.flags & os.O_NONBLOCK | (PIDFD_THREAD if thread else 0)
+                fd = body.do(NR.pidfd_open, pid, wanted)
+            case ProcFile():
+                fd = self._open_proc(body, file, procfiles.path_of(file.what, pid))
+            case NamespaceFile():
+                fd = body.do(NR.openat, AT_FDCWD, body.put(nsfiles.path_of(file.what) + b"\0"), os.O_RDONLY, 0)
+            case _:
+                raise AssertionError(file.what)
+        self._place(body, file.id, fd)
+
+    def _open_proc(self, body: Body, file: OpenFile, path: bytes) -> int:
+        """No link is followed, whatever the image says: those of /proc lead anywhere."""
+        how = struct.pack("<QQQ", file.flags & OPEN_FLAGS, 0, Resolve.NO_SYMLINKS)
+        place = body.put(how + path + b"\0")
+        fd = body.do(NR.openat2, AT_FDCWD, place + len(how), place, len(how))
+        if file.pos:
+            body.do(NR.lseek, fd, file.pos, os.SEEK_SET)
+        return fd
 
     def _place(self, body: Body, number: int, fd: int) -> None:
         body.do(NR.dup2, fd, self.slot_base + number)
@@ -54,9 +86,9 @@ class LateFiles:
 
     def hand_out(self, needed: Callable[[int], Collection[int]]) -> None:
         """Give every process those that it needs: `needed(pid)` are the ids of OpenFiles."""
-        late = {number for number, _, _ in self.pidfds}
+        late = {file.id for file in self.files}
         for pid, body in self.tree.bodies.items():
-            wanted = late & set(needed(pid))
+            wanted = late & set(needed(pid)) if late else set()
             if pid == 1 or not wanted:
                 continue
             first = body.do(NR.pidfd_open, 1, 0)

@@ -289,9 +289,6 @@ def _bring_back(
     _check_cpu(manifest, launched.init_pid)
     places = [p.place for p in manifest.processes]
     tree.verify(places)
-    tree.make_zombies(list(manifest.zombies))
-    if manifest.last_pid:
-        tree.set_last_pid(manifest.last_pid, made.proc_slot)
     with open("/proc/sys/kernel/cap_last_cap") as file:
         last_cap = int(file.read())
     shared = Shared(
@@ -312,6 +309,9 @@ def _bring_back(
     for restorer in restorers:
         restorer.clone_threads()
     _make_late_files(manifest, tree, layout, shared)
+    tree.make_zombies(list(manifest.zombies))
+    if manifest.last_pid:
+        tree.set_last_pid(manifest.last_pid, made.proc_slot)
     tree.take_terminals(places)
     for restorer in restorers:
         restorer.map_memory()
@@ -338,7 +338,7 @@ def _make_late_files(manifest: Manifest, tree: Tree, layout: _Layout, shared: Sh
     files = LateFiles(manifest.files, tree, layout.slot_base)
     tasks = {t.tid for p in manifest.processes for t in p.threads} | {z.place.pid for z in manifest.zombies}
     files.make(tasks.__contains__)
-    needed: dict[int, set[int]] = {p.place.pid: {fd.file for fd in p.fds} for p in manifest.processes}
+    needed = {p.place.pid: {fd.file for fd in p.fds} | {p.cwd, p.root} for p in manifest.processes}
     for own in shared.deferred.watches:
         needed[shared.watch_owner(own)].add(own.watch.file)
     files.hand_out(lambda pid: needed.get(pid, ()))

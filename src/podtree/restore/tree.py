@@ -103,14 +103,28 @@ class Tree:
             _die(body, zombie.status)
 
     @contextlib.contextmanager
-    def passing(self, status: int) -> Iterator[int]:
-        """The pid of a child of process 1 that afterwards has ended with a wait status, and has been waited for."""
-        pid = next(pid for pid in itertools.count(FIRST_HELPER_PID) if pid not in self.bodies)
+    def passing(self, status: int, wanted: int = 0) -> Iterator[int]:
+        """The pid of a child of process 1 that afterwards has ended with a wait status, and has been waited for.
+
+        It is `wanted` if that is free: threads must be there already, or could find theirs taken.
+        """
+        free = (pid for pid in itertools.count(FIRST_HELPER_PID) if pid not in self.bodies)
+        pid = wanted if wanted > 1 and not self._is_taken(wanted) else next(free)
         first = self.bodies[1]
         body = Body(first.clone(0, 0, pid), self.arena, first.family)
         yield pid
         _die(body, status)
         first.do(NR.wait4, pid, 0, WALL, 0)
+
+    def _is_taken(self, pid: int) -> bool:
+        """Whether a process, thread, group or session has that number."""
+        for body in self.bodies.values():
+            status = procfs.status(body.tid)
+            if pid in (int(status[key].split()[-1]) for key in ("NSpid", "NSpgid", "NSsid")):
+                return True
+            if any(procfs.ns_pids(procfs.status(body.tid, tid))[-1] == pid for tid in procfs.threads(body.tid)):
+                return True
+        return False
 
     def set_last_pid(self, last_pid: int, proc_fd: int) -> None:
         """New processes get numbers above `last_pid` again. `proc_fd`: a /proc in the first process's descriptors
