@@ -20,6 +20,7 @@ from pathlib import Path
 import msgspec
 
 from podtree.errors import Problem
+from podtree.kernel import kcmp
 from podtree.kernel.namespaces import Clone, loopback_up, unshare
 from podtree.kernel.pidfd import pidfd_getfd, pidfd_open
 from podtree.objects import insight, sockets
@@ -86,7 +87,7 @@ class Cell:
         root = os.open("/", os.O_PATH)
         ctx = CollectContext(root, Path("/nowhere"), Path("/nowhere"),
                              [FrozenProcess(self.pid, self.pod_pid, "cell", pidfd)])  # fmt: skip
-        collector = SocketCollector(ctx)
+        collector = SocketCollector(ctx, self._passed)
         try:
             for number in self.names.values():
                 fd = pidfd_getfd(pidfd, number)
@@ -98,6 +99,19 @@ class Cell:
             sockets.forget_namespace()
             os.close(pidfd)
             os.close(root)
+
+    def _passed(self, fd: int, process: FrozenProcess, display: str) -> int:
+        """A descriptor in a queue: of one of the cell's own sockets, as everything else needs a whole pod."""
+        for number in self.names.values():
+            pidfd = pidfd_open(self.pid)
+            own = pidfd_getfd(pidfd, number)
+            os.close(pidfd)
+            same = kcmp.compare_files(fd, own) == 0
+            os.close(own)
+            if same:
+                os.close(fd)
+                return number
+        raise AssertionError(f"{display} of process {process.pid} is no socket of the cell")
 
     def named(self, name: str) -> SocketState:
         return self.states[self.names[name]]
@@ -163,7 +177,7 @@ def restored(cell: Cell, check: Callable[[Sockets], None], prepare: Callable[[],
             prepare()
         root = os.open("/proc", os.O_PATH)  # whichever directory: sockets need none of the context
         before = os.listdir("/proc/self/fd")
-        fds = sockets.restore_sockets(states, RestoreContext(root, root, root, root))
+        fds = sockets.restore_sockets(states, RestoreContext(root, root, root, root), lambda number: number)
         assert set(fds) == set(cell.names.values())
         assert not [name for name in os.listdir(HOME) if name.startswith(".podtree")]
         extra = len(os.listdir("/proc/self/fd")) - len(before) - len(fds)

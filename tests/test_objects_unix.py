@@ -16,7 +16,7 @@ import pytest
 from podtree.kernel.namespaces import Clone, clone_python, unshare
 from podtree.objects import insight, sockets
 from podtree.objects.context import RestoreContext
-from socketcell import HOME, PATIENCE_S, Sockets, child, frozen, join, refused, transplant
+from socketcell import HOME, PATIENCE_S, Sockets, child, frozen, join, refused, restored, transplant
 
 STREAM, DGRAM, SEQPACKET = socket.SOCK_STREAM, socket.SOCK_DGRAM, socket.SOCK_SEQPACKET
 
@@ -306,8 +306,10 @@ def test_credentials() -> None:
     transplant(setup, check)
 
 
-def test_pids_of_who_made_it() -> None:
+def test_pids_of_who_made_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """In a pid namespace that has its pid 1, also the pids are right: as the processes of the pod see them."""
+    monkeypatch.setenv(insight.SWITCH, "off")  # it knows better than that the cell's process is number 77
+    insight.forget()
 
     def setup() -> Sockets:
         made = pair(DGRAM)
@@ -330,7 +332,7 @@ def test_pids_of_who_made_it() -> None:
             numbers = json.loads(os.read(told, 1000))
             made = {name: socket.socket(fileno=fd) for name, fd in numbers.items()}
             os._exit(0 if seen(made) == (77, 77) else 1)
-        fds = sockets.restore_sockets(states, RestoreContext(-1, -1, -1, -1))
+        fds = sockets.restore_sockets(states, RestoreContext(-1, -1, -1, -1), lambda number: number)
         os.write(tell, b"g" + json.dumps({name: fds[number] for name, number in cell.names.items()}).encode())
         join(pid, "pid 1")
 
@@ -374,18 +376,59 @@ def test_bound_and_idle() -> None:
     transplant(setup, check)
 
 
-def test_refuses_descriptors_under_way() -> None:
+def test_refuses_descriptors_under_way_without_kernel_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a stream: peeking doesn't tell at which byte they are."""
+    monkeypatch.setenv(insight.SWITCH, "off")
+    insight.forget()
+
     def setup() -> Sockets:
         made = pair()
-        rights = array.array("i", [0])
-        made["a"].sendmsg([b"x"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
+        made["a"].sendmsg([b"x"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [made["a"].fileno()]))])
         return made
 
     def check(made: Sockets) -> None:
         _, control, _, _ = made["b"].recvmsg(10, 100)
         os.close(struct.unpack("i", control[0][2])[0])
 
-    refused(setup, "SCM_RIGHTS", check)
+    try:
+        refused(setup, "SCM_RIGHTS", check)
+    finally:
+        insight.forget()
+
+
+def test_refuses_messages_with_pidfds() -> None:
+    def setup() -> Sockets:
+        made = pair(DGRAM)
+        made["b"].setsockopt(socket.SOL_SOCKET, 76, 1)  # SO_PASSPIDFD
+        made["a"].send(b"x")
+        return made
+
+    def check(made: Sockets) -> None:
+        _, control, _, _ = made["b"].recvmsg(10, 100)
+        assert (control[0][0], control[0][1]) == (socket.SOL_SOCKET, 4)  # SCM_PIDFD
+
+    refused(setup, "SO_PASSPIDFD", check)
+
+
+@pytest.mark.parametrize("kind", [SEQPACKET, DGRAM])
+def test_empty_messages(kind: int) -> None:
+    """Messages without a byte, looked at more than once, in front of others and behind, with who sent them."""
+
+    def setup() -> Sockets:
+        made = pair(kind)
+        made["b"].setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+        for text in (b"", b"one", b"", b"", b"two", b""):
+            made["a"].send(text)
+        return made
+
+    def check(made: Sockets) -> None:
+        got = [made["b"].recvmsg(10, 100) for _ in range(6)]
+        assert [data for data, *_ in got] == [b"", b"one", b"", b"", b"two", b""]
+        assert {struct.unpack("iII", control[0][2])[1] for _, control, *_ in got} == {0}
+
+    with frozen(setup, check) as cell:
+        cell.collect()
+        restored(cell, check)
 
 
 @pytest.mark.parametrize("kind", [STREAM, SEQPACKET])

@@ -211,6 +211,131 @@ def unix_options() -> None:
         equal(name, got, wanted)
 
 
+def rights(*fds: int) -> list[tuple[int, int, bytes]]:
+    """Descriptors to send along."""
+    return [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"{len(fds)}i", *fds))]
+
+
+def received(end: socket.socket, size: int = 100) -> tuple[bytes, list[int]]:
+    """A message, and the descriptors sent along."""
+    data, control, _, _ = end.recvmsg(size, 1000)
+    return data, [fd for _, kind, raw in control if kind == socket.SCM_RIGHTS for (fd,) in struct.iter_unpack("i", raw)]
+
+
+def passed(kind: int) -> None:
+    """Descriptors of all sorts on their way: held by nobody else, the receiver itself, sockets that hold more."""
+    near, far = socket.socketpair(socket.AF_UNIX, kind)
+    one, other = socket.socketpair()
+    spare, lost = socket.socketpair()
+    outer, inner = socket.socketpair(socket.AF_UNIX, kind)
+    reading, writing = os.pipe()
+    file = os.open("passed", os.O_RDWR | os.O_CREAT)
+    os.write(file, b"0123456789")
+    os.lseek(file, 4, os.SEEK_SET)
+    server = socket.create_server(("127.0.0.1", 0))
+    address = server.getsockname()
+    epoll = select.epoll()
+    epoll.register(reading, select.EPOLLIN)
+    os.write(writing, b"in the pipe")
+    spare.sendall(b"for the lost one")
+    outer.sendmsg([b"nested"], rights(lost.fileno(), far.fileno()))
+    near.send(b"before")
+    near.sendmsg([b"two"], rights(other.fileno(), other.fileno()))
+    near.send(b"between")
+    near.sendmsg([b"all sorts"], rights(reading, file, server.fileno(), epoll.fileno()))
+    near.sendmsg([b"itself"], rights(far.fileno()))
+    near.sendmsg([b"nest"], rights(inner.fileno()))
+    near.send(b"after")
+    for end in (other, lost, outer, inner, server):
+        end.close()
+    os.close(reading)
+    os.unlink("passed")
+    epoll.close()
+    frozen()
+    if kind == socket.SOCK_STREAM:
+        equal("bytes before", (received(far, 4), received(far, 2)), ((b"befo", []), (b"re", [])))
+    else:
+        equal("message before", received(far), (b"before", []))
+    text, fds = received(far)
+    equal("two", (text, len(fds)), (b"two", 2))
+    for fd in fds:
+        os.write(fd, b"hello")
+    equal("both", one.recv(100), b"hellohello")
+    equal("between", received(far, 7)[0], b"between")
+    text, fds = received(far)
+    equal("all sorts", (text, len(fds)), (b"all sorts", 4))
+    equal("pipe", os.read(fds[0], 100), b"in the pipe")
+    equal("unlinked file", os.read(fds[1], 100), b"456789")
+    with socket.socket(fileno=fds[2]) as again:
+        equal("listener", again.getsockname(), address)
+        socket.create_connection(address)
+        true("accepts", again.accept())
+    with select.epoll.fromfd(fds[3]) as watching:
+        os.write(writing, b"x")
+        true("epoll", watching.poll(10))
+    text, (fd,) = received(far)
+    equal("itself", text, b"itself")
+    itself = socket.socket(fileno=fd)
+    text, (fd,) = received(itself)
+    equal("nest", (text, received(itself)), (b"nest", (b"after", [])))
+    with socket.socket(fileno=fd) as nest:
+        text, fds = received(nest)
+    equal("nested", (text, len(fds)), (b"nested", 2))
+    equal("the lost one", os.read(fds[0], 100), b"for the lost one")
+    os.write(fds[0], b"back")
+    equal("the lost one answers", spare.recv(10), b"back")
+    near.send(b"last")
+    equal("the innermost is the outermost", os.read(fds[1], 10), b"last")
+
+
+@case
+def unix_passed_in_stream() -> None:
+    """See passed: in a stream, at the bytes where they were sent."""
+    passed(socket.SOCK_STREAM)
+
+
+@case
+def unix_passed_in_datagrams() -> None:
+    """See passed: in datagrams."""
+    passed(socket.SOCK_DGRAM)
+
+
+@case
+def unix_passed_in_packets() -> None:
+    """See passed: in packets."""
+    passed(socket.SOCK_SEQPACKET)
+
+
+@case
+def unix_senders_gone() -> None:
+    """Who sent what waits, and who is at the other end, also when they have ended: their pids in this pod."""
+    near, far = socket.socketpair()
+    packets = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    for end in (far, packets[1]):
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+    server = socket.create_server("pids.sock", family=socket.AF_UNIX)
+
+    def body() -> None:
+        near.send(b"stream")
+        packets[0].send(b"packet")
+        socket.socket(socket.AF_UNIX).connect("pids.sock")
+
+    pids = [child(body) for _ in range(2)]
+    for pid in pids:
+        reap(pid)
+    accepted, _ = server.accept()
+    frozen()
+    late, _ = server.accept()
+    peers = [
+        struct.unpack("3i", end.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0] for end in (accepted, late)
+    ]
+    equal("peers", sorted(peers), sorted(pids))
+    for name, end, text in (("stream", far, b"stream"), ("packets", packets[1], b"packet")):
+        got = [end.recvmsg(6, 100) for _ in pids]
+        equal(name, [data for data, *_ in got], [text, text])
+        equal(f"{name}: pids", sorted(struct.unpack("3i", control[0][2])[0] for _, control, *_ in got), sorted(pids))
+
+
 @case
 def unix_relatives() -> None:
     """Pairs whose ends are held by parent and child, with a child blocked in recv."""
@@ -528,6 +653,69 @@ def data_before_accept() -> None:
     frozen()
     late, _ = server.accept()
     equal("early", late.recv(10), b"early")
+
+
+def churn(family: int, address: object) -> None:
+    """A server slower than its clients, who connect, send, and wait for the answer, a connection for each question.
+
+    At every instant most of them wait to be accepted, with their question sent.
+    """
+    server = socket.socket(family)
+    server.bind(address)
+    server.listen(30)
+    address = server.getsockname()
+
+    def serve() -> None:
+        while True:
+            connection, _ = server.accept()
+            question = receive(connection, 1 << 20)
+            if not question:
+                return
+            time.sleep(0.01)
+            connection.sendall(question[::-1])
+            connection.close()
+
+    def ask(number: int) -> None:
+        rounds = 0
+        while not os.path.exists("go") or rounds < 3:
+            rounds += 1
+            question = pattern((number * 7919 + rounds) % 100_000 + 1, rounds)
+            with socket.socket(family) as client:
+                client.connect(address)
+                client.sendall(question)
+                client.shutdown(socket.SHUT_WR)
+                answer = receive(client, len(question) + 1)
+            if answer != question[::-1]:
+                bad(f"client {number}, round {rounds}: {len(answer)} bytes instead of {len(question)}")
+                return
+
+    def clients() -> None:
+        threads = [threading.Thread(target=ask, args=(number,)) for number in range(10)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    pids = [child(serve), child(clients), child(clients)]
+    frozen()
+    for pid in pids[1:]:
+        reap(pid)
+    with socket.socket(family) as last:
+        last.connect(address)
+        last.shutdown(socket.SHUT_WR)
+        reap(pids[0])
+
+
+@case
+def tcp_churn() -> None:
+    """See churn: over TCP."""
+    churn(socket.AF_INET, ("127.0.0.1", 0))
+
+
+@case
+def unix_churn() -> None:
+    """See churn: over a unix socket."""
+    churn(socket.AF_UNIX, "churn.sock")
 
 
 @case

@@ -43,6 +43,7 @@ class Btf:
         self._structs: dict[int, int] = {}  # offset of the name -> id of the first struct so called
         self._walk()
         self._known: dict[tuple[str, str], Member] = {}
+        self._sizes: dict[str, int] = {}
 
     def _walk(self) -> None:
         words, starts, structs = self._words, self._starts, self._structs
@@ -56,7 +57,9 @@ class Btf:
 
     def size(self, name: str) -> int:
         """Bytes of `struct name`. KeyError if there is none."""
-        return self._words[self._starts[self._struct(name)] + 2]
+        if name not in self._sizes:
+            self._sizes[name] = self._words[self._starts[self._struct(name)] + 2]
+        return self._sizes[name]
 
     def member(self, name: str, path: str) -> Member:
         """A member of `struct name`; `path` may lead through embedded ones: "sk_receive_queue.next".

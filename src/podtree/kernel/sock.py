@@ -10,12 +10,13 @@ import contextlib
 import ctypes
 import dataclasses
 import enum
+import errno
 import fcntl
 import os
 import select
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 SO_PEEK_OFF = 42
 SO_NETNS_COOKIE = 71
@@ -64,7 +65,7 @@ class Peeked:
     data: bytes
     address: object  # as Python's socket module gives it
     controls: tuple[tuple[int, int, bytes], ...]
-    has_descriptors: bool
+    descriptors: tuple[int, ...]  # duplicates, in this process, of those sent along (SCM_RIGHTS)
 
 
 def events(fd: int) -> int:
@@ -132,18 +133,27 @@ def reuseport_index(sock: socket.socket, index: int) -> Iterator[None]:
 def _peek(sock: socket.socket, size: int) -> tuple[Peeked, bool]:
     """One recvmsg(MSG_PEEK). The bool tells that the message goes on behind `size` (MSG_TRUNC)."""
     flags = socket.MSG_PEEK | socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
-    data, ancillary, got, address = sock.recvmsg(size, 2048, flags)
+    data, ancillary, got, address = sock.recvmsg(size, 4096, flags)
     controls = []
-    descriptors = bool(got & socket.MSG_CTRUNC)
+    descriptors: list[int] = []
     for level, kind, value in ancillary:
-        if level == socket.SOL_SOCKET and kind in (socket.SCM_RIGHTS, SCM_PIDFD):
-            descriptors |= kind == socket.SCM_RIGHTS
-            for (fd,) in struct.iter_unpack("i", value[: len(value) // 4 * 4]):
-                if fd >= 0:
-                    os.close(fd)  # the peek duplicated it into this process
+        numbers = [fd for (fd,) in struct.iter_unpack("i", value[: len(value) // 4 * 4])]
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            descriptors += numbers
+        elif level == socket.SOL_SOCKET and kind == SCM_PIDFD:
+            _close_all(numbers)
         else:
             controls.append((level, kind, value))
-    return Peeked(data, address, tuple(controls), descriptors), bool(got & socket.MSG_TRUNC)
+    if got & socket.MSG_CTRUNC:
+        _close_all(descriptors)
+        raise OSError(errno.EMFILE, "what is sent along with a message can't be looked at")
+    return Peeked(data, address, tuple(controls), tuple(descriptors)), bool(got & socket.MSG_TRUNC)
+
+
+def _close_all(fds: Iterable[int]) -> None:
+    for fd in fds:
+        if fd >= 0:
+            os.close(fd)
 
 
 @contextlib.contextmanager
@@ -158,8 +168,9 @@ def _peek_offset(sock: socket.socket) -> Iterator[None]:
 
 
 def peek_stream(sock: socket.socket) -> list[Peeked]:
-    """All bytes in the receive queue of a stream, in runs.
+    """All bytes in the receive queue of a stream, in runs; the caller closes their descriptors.
 
+    A run ends behind a message with descriptors, which are the run's; plain bytes before that are joined with it.
     The caller has made sure that no error is pending: a receive with nothing in the queue would consume it.
     The usual case needs no SO_PEEK_OFF, so a checkpointer killed at any instant leaves no trace.
     """
@@ -168,16 +179,17 @@ def peek_stream(sock: socket.socket) -> list[Peeked]:
         return []
     if sock.getsockopt(socket.SOL_SOCKET, SO_PEEK_OFF) < 0:
         first, _ = _peek(sock, size)
-        if len(first.data) == size or first.has_descriptors:
+        if len(first.data) == size and not first.descriptors:
             return [first]
+        _close_all(first.descriptors)
     runs = []
     with _peek_offset(sock):
         while size > 0:
             run, _ = _peek(sock, size)
+            if not run.data:
+                break
             runs.append(run)
             size -= len(run.data)
-            if not run.data or run.has_descriptors:
-                break
     return runs
 
 
@@ -185,7 +197,8 @@ def peek_messages(sock: socket.socket, ends: int | None = None) -> list[Peeked]:
     """All datagrams in the receive queue, first to come first; no error may be pending.
 
     `ends`: total bytes queued, where the end of the queue can't be told from an empty message (a
-    SOCK_SEQPACKET socket shut down for receiving gives 0 bytes instead of EAGAIN).
+    SOCK_SEQPACKET socket shut down for receiving gives 0 bytes instead of EAGAIN). The caller closes their
+    descriptors. An empty message that was peeked at before is missing: with an offset the kernel skips it.
     """
     messages: list[Peeked] = []
     with _peek_offset(sock):
@@ -196,6 +209,7 @@ def peek_messages(sock: socket.socket, ends: int | None = None) -> list[Peeked]:
                 break
             while more:  # the next peek goes on inside of the same datagram
                 rest, more = _peek(sock, 1 << 20)
+                _close_all(rest.descriptors)
                 message = dataclasses.replace(message, data=message.data + rest.data)
             messages.append(message)
     return messages

@@ -65,6 +65,7 @@ class UnixMessage:
     """A message, or a piece of a stream, in the queue of a unix socket; `files`: addresses of passed files."""
 
     data: bytes
+    name: bytes  # of the socket that sent it, as in sun_path
     sender: Sender | None
     files: tuple[int, ...]
 
@@ -298,6 +299,11 @@ class SocketMemory:
         queue = self.memory.sock(listener) + self._offset("sock", "sk_receive_queue")
         return [self._embryo(buffer.pointer("sk"), level) for buffer in self.memory.each(queue, "sk_buff", "next")]
 
+    def unix_queue(self, fd: int, level: int) -> list[UnixMessage]:
+        """What waits in a unix socket (the caller's descriptor), message by message, empty ones included."""
+        queue = self.memory.sock(fd) + self._offset("sock", "sk_receive_queue")
+        return [self._unix_message(buffer, level) for buffer in self.memory.each(queue, "sk_buff", "next")]
+
     def _embryo(self, address: int, level: int) -> UnixEmbryo:
         unix = self.memory.view("unix_sock", address)
         sock = unix.cast("sock")
@@ -346,4 +352,5 @@ class SocketMemory:
         if passed := cb.pointer("fp"):
             rights = self.memory.view("scm_fp_list", passed)
             files = tuple(array("Q", self.memory.read(rights.at("fp"), 8 * rights.number("count"))))
-        return UnixMessage(self.bytes_of(buffer, cb.number("consumed")), sender, files)
+        name = self._unix_name(buffer.pointer("sk"))
+        return UnixMessage(self.bytes_of(buffer, cb.number("consumed")), name, sender, files)

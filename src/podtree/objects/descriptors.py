@@ -148,6 +148,17 @@ class FileTable:
         """Keep the pod's watchers from what is about to be looked at, until `release`. All processes are added."""
         self.watchers.hush()
 
+    def add_passed(self, fd: int, process: FrozenProcess, display: str) -> int:
+        """A descriptor on its way in a socket's queue; returns its OpenFile id. `fd` becomes the table's own.
+
+        `process` is one that can receive it.
+        """
+        link = os.readlink(f"/proc/self/fd/{fd}".encode())
+        display = f"{display} ({link.decode(errors='backslashreplace')})"
+        held = self._unify(self._hold(fd, link, read_fdinfo("self", fd), display, process, -1))
+        self._note_locks(held, held.info, process)
+        return held.id
+
     def _hold(
         self, fd: int, link: bytes, info: FdInfo, display: str, process: FrozenProcess | None, number: int
     ) -> Held:
@@ -218,6 +229,8 @@ class FileTable:
         inner = pod_id(self.ctx, host) if host else 0
         if host and not inner:
             held.refuse(self.ctx, "its signals (F_SETOWN) go to a process outside of the pod")
+        if held.number < 0:
+            held.refuse(self.ctx, "it has an owner for signals (F_SETOWN), and no process holds it")
         return Owner(kind, inner, number, asynchronous, held.process.pid, held.number)
 
     def drop_ghosts(self) -> None:
@@ -322,7 +335,7 @@ def restore_files(entries: list[OpenFile], ctx: RestoreContext, slot_base: int) 
     slots = _Slots(entries, slot_base)
     leads: list[tuple[int, tty.Settings]] = []
     try:
-        for number, fd in kinds.make_all(entries, ctx, leads):
+        for number, fd in kinds.make_all(entries, ctx, leads, slot_base):
             slots.place(number, fd)
         watches = epoll.register_all(
             [(e.id, e.what) for e in entries if isinstance(e.what, epoll.Epoll)],

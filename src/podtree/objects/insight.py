@@ -33,24 +33,31 @@ def memory() -> KernelMemory | None:
     return found.memory if found else None
 
 
+def untried() -> bool:
+    """Whether it may be there at the next attempt."""
+    return _sockets is None and not _failed
+
+
 def why_not() -> str:
     """Why there is none: for refusals."""
     return f"kernel memory can't be read here: {_failed}" if _failed else ""
 
 
 def prepare() -> bool:
-    """Open it if a collector asked for it; True if that changed anything. Nobody should be stopped meanwhile."""
+    """Open it if a collector asked for it; True if that was tried now: then all may look otherwise.
+
+    Nobody should be stopped meanwhile.
+    """
     global _sockets, _failed
     if not _wanted or _sockets is not None or _failed:
         return False
     if os.environ.get(SWITCH) == "off":
         _failed = f"{SWITCH} is off"
-        return False
+        return True
     try:
         _sockets = SocketMemory(KernelMemory())
     except (OSError, KeyError, ValueError) as error:  # no BTF, locked down, another layout: then without
         _failed = str(error) or type(error).__name__
-        return False
     return True
 
 

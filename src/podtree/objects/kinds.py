@@ -12,6 +12,7 @@ import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias
 
+from podtree.errors import Damaged
 from podtree.objects import (
     devices,
     epoll,
@@ -29,7 +30,7 @@ from podtree.objects import (
     tty,
 )
 from podtree.objects.contents import Contents
-from podtree.objects.context import CollectContext, RestoreContext
+from podtree.objects.context import CollectContext, FrozenProcess, RestoreContext
 from podtree.objects.held import Held, PodView
 
 FileState: TypeAlias = (
@@ -66,6 +67,7 @@ class Table(Protocol):
     all: list[Held]
 
     def add_local(self, fd: int, display: str, access: int | None = None) -> int: ...
+    def add_passed(self, fd: int, process: FrozenProcess, display: str) -> int: ...
 
 
 # ----------------------------------------------------------------------------------------------- collect
@@ -94,17 +96,26 @@ class _States:
         self.pipes: list[Held] = []
         self.ttys: list[Held] = []
         self.epolls: list[Held] = []
-        self.sockets = sockets.SocketCollector(ctx)
+        self.passed: set[int] = set()  # ids of what is on its way in sockets' queues
+        self.sockets = sockets.SocketCollector(ctx, self._add_passed)
 
     def collect(self) -> dict[int, FileState]:
-        for held in self.table.all:
+        for held in self.table.all:  # which grows: by what is on its way
             with self._naming(held):
                 self._sort(held)
         self._group(self.pipes, lambda: pipes.collect_pipes(self.pipes, self.ctx, self.table.view))
         self._group(self.ttys, lambda: tty.collect_ttys(self.ttys, self.ctx, self.table.view))
         self._group(self.epolls, lambda: epoll.collect_epolls(self.epolls, self.table.all, self.ctx))
         self.states.update(self.sockets.finish())
+        for held in self.table.all:
+            if held.id in self.passed and isinstance(self.states.get(held.id), LATE):
+                held.refuse(self.ctx, "is on its way in a socket's queue, where it can't be put before its task exists")
         return self.states
+
+    def _add_passed(self, fd: int, process: FrozenProcess, display: str) -> int:
+        number = self.table.add_passed(fd, process, display)
+        self.passed.add(number)
+        return number
 
     @contextlib.contextmanager
     def _naming(self, held: Held) -> Iterator[None]:
@@ -194,9 +205,9 @@ class Entry(Protocol):
 
 
 def make_all(
-    entries: Sequence[Entry], ctx: RestoreContext, leads: list[tuple[int, tty.Settings]]
+    entries: Sequence[Entry], ctx: RestoreContext, leads: list[tuple[int, tty.Settings]], slot_base: int
 ) -> Iterable[tuple[int, int]]:
-    """(id, descriptor) of everything, kind after kind."""
+    """(id, descriptor) of everything, kind after kind; sockets last: all others are in their slots by then."""
 
     def of(*kinds: type) -> list[Any]:
         return [(e.id, e.flags, e.what) for e in entries if isinstance(e.what, kinds)]
@@ -225,5 +236,12 @@ def make_all(
     found, needs = tty.restore_ttys(of(tty.PtyMaster, tty.PtySlave, tty.HungUpTty), ctx)
     leads += needs
     yield from found.items()
-    others = {e.id: e.what for e in entries if isinstance(e.what, sockets.SocketState)}
-    yield from sockets.restore_sockets(others, ctx).items()
+    found_sockets = {e.id: e.what for e in entries if isinstance(e.what, sockets.SocketState)}
+    others = {e.id for e in entries if not isinstance(e.what, LATE)} - found_sockets.keys()
+
+    def in_slot(number: int) -> int:
+        if number not in others:
+            raise Damaged(f"a file {number} is on its way in a socket's queue, and not in the image")
+        return slot_base + number
+
+    yield from sockets.restore_sockets(found_sockets, ctx, in_slot).items()

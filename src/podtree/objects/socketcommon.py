@@ -9,6 +9,7 @@ import stat
 
 import msgspec
 
+from podtree.kernel.sock import Peeked
 from podtree.kernel.sockdiag import NetworkNamespace
 from podtree.objects.context import CollectContext, FrozenProcess
 from podtree.objects.sockopts import Defaults, Options, apply_options
@@ -41,6 +42,8 @@ class Entry:
     uid: int
     gid: int
     mode: int
+    #: Of a unix socket: what waits in its queue, with the file ids of the descriptors on their way.
+    peeked: list[tuple[Peeked, tuple[int, ...]]] = dataclasses.field(default_factory=list)
 
     def base(self, around: Surroundings, connected: bool = False) -> dict[str, object]:
         """The fields of SocketBase."""

@@ -33,10 +33,15 @@ _namespace: NetworkNamespace | None = None
 
 
 class SocketCollector:
-    """Gathers the sockets of a frozen pod. `add` each open file description once, then `finish`."""
+    """Gathers the sockets of a frozen pod. `add` each open file description once, then `finish`.
 
-    def __init__(self, ctx: CollectContext) -> None:
+    `passed` is told of each descriptor that is on its way in a queue (SCM_RIGHTS), as a duplicate in this process
+    that becomes its own, with the process and the words that name it; it returns the file's id.
+    """
+
+    def __init__(self, ctx: CollectContext, passed: Callable[[int, FrozenProcess, str], int]) -> None:
         self._ctx = ctx
+        self._passed = passed
         self._entries: list[Entry] = []
 
     def add(self, file_id: int, process: FrozenProcess, display: str, local_fd: int) -> None:
@@ -44,7 +49,12 @@ class SocketCollector:
 
         `display` names it in refusals: "fd 7 (socket:[1234])".
         """
-        self._entries.append(make_entry(file_id, process, display, local_fd))
+        entry = make_entry(file_id, process, display, local_fd)
+        self._entries.append(entry)
+        if entry.family == socket.AF_UNIX:
+            for peeked in unix.peek(entry):
+                where = f"descriptor on its way in {display}"
+                entry.peeked.append((peeked, tuple(self._passed(fd, process, where) for fd in peeked.descriptors)))
 
     def finish(self) -> dict[int, SocketState]:
         """The states by file id; a socket that can't be saved is missing, and named in ctx.problems."""
@@ -140,18 +150,25 @@ def forget_namespace() -> None:
         _namespace = None
 
 
-def restore_sockets(states: dict[int, SocketState], ctx: RestoreContext) -> dict[int, int]:
+def restore_sockets(
+    states: dict[int, SocketState], ctx: RestoreContext, others: Callable[[int], int]
+) -> dict[int, int]:
     """Make all sockets of a pod, in the builder: in the pod's net and mount namespaces, as root, / its root.
 
+    `others` gives the descriptor of an open file that is no socket, by its id: it may be on its way in a queue.
     Returns a close-on-exec descriptor for each file id. O_NONBLOCK and the other file flags are the
     caller's to set. Everything is connected to the pod's other sockets, with its queues filled, before it
     returns. Raises RestoreFailed or Damaged.
     """
     made: dict[int, socket.socket] = {}
-    made |= unixrestore.restore({i: s for i, s in states.items() if isinstance(s, unix.UnixSocket)})
     made |= tcprestore.restore({i: s for i, s in states.items() if isinstance(s, tcp.TcpSocket)})
     made |= udp.restore({i: s for i, s in states.items() if isinstance(s, udp.UdpSocket)})
     made |= netlink.restore({i: s for i, s in states.items() if isinstance(s, netlink.NetlinkSocket)})
+
+    def file(number: int) -> int:
+        return made[number].fileno() if number in made else others(number)
+
+    made |= unixrestore.restore({i: s for i, s in states.items() if isinstance(s, unix.UnixSocket)}, file)
     return {file_id: sock.detach() for file_id, sock in made.items()}
 
 

@@ -28,7 +28,7 @@ from podtree.objects.socketcommon import RETRY, Entry, SocketBase, Surroundings
 
 MESSAGES = (socket.SOCK_DGRAM, socket.SOCK_SEQPACKET)
 OVERFLOW_ID = 65534
-SO_COOKIE = 57  # asm-generic/socket.h: a number that no other socket ever has
+SO_COOKIE, SO_PASSPIDFD = 57, 76  # asm-generic/socket.h; a cookie is a number that no other socket ever has
 _known_peers: dict[bytes, int] = {}
 
 
@@ -50,6 +50,7 @@ class UnixMessage(msgspec.Struct, frozen=True):
     sender: bytes = b""  # name of the socket that sent it, as in sun_path
     sender_id: int | None = None  # file id of that socket, where it is still there
     credentials: Credentials | None = None  # as SCM_CREDENTIALS shows
+    files: tuple[int, ...] = ()  # file ids of descriptors sent along (SCM_RIGHTS)
 
 
 class UnixWaiting(msgspec.Struct, frozen=True):
@@ -80,6 +81,25 @@ class UnixSocket(SocketBase, frozen=True, kw_only=True, tag="unix"):
 
 
 # --- collect -----------------------------------------------------------------------------------------
+
+POLLIN, POLLPRI, POLLERR = 0x1, 0x2, 0x8
+
+
+def peek(entry: Entry) -> list[Peeked]:
+    """What waits in a socket's queue, nothing consumed. Nothing if a look would consume something else.
+
+    Descriptors on their way are duplicated into this process; they are the caller's to close.
+    """
+    sock, fd = entry.sock, entry.sock.fileno()
+    events = ksock.events(fd)
+    if not events & POLLIN or events & POLLPRI or sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        return []
+    if entry.type == socket.SOCK_STREAM:
+        return ksock.peek_stream(sock)
+    if events & POLLERR or sock.getsockopt(socket.SOL_SOCKET, ksock.SO_PEEK_OFF) >= 0:
+        return []  # a datagram receive reports the error first
+    closing = entry.type == socket.SOCK_SEQPACKET and events & ksock.POLLRDHUP
+    return ksock.peek_messages(sock, ksock.queued(fd) if closing else None)
 
 
 class _Collector:
@@ -320,51 +340,85 @@ class _Collector:
     # queues
 
     def _queue(self, entry: Entry, diag: UnixDiag, events: int) -> tuple[UnixMessage, ...]:
-        sock = entry.sock
-        if events & 0x2:  # POLLPRI
+        if events & POLLPRI:
             self.around.refuse(entry, "an out-of-band byte is queued", RETRY)
             return ()
-        if entry.type == socket.SOCK_STREAM:
-            if not ksock.queued(sock.fileno()):
-                return ()
-        elif events & 0x8:
-            # A datagram receive reports the error first, and so would consume it.
+        stream = entry.type == socket.SOCK_STREAM
+        if events & POLLERR and not stream:
             self.around.refuse(entry, "an error is pending in front of queued messages", RETRY)
             return ()
-        if sock.getsockopt(socket.SOL_SOCKET, ksock.SO_PEEK_OFF) >= 0 and entry.type != socket.SOCK_STREAM:
+        if entry.peeked and _passes_pidfds(entry.sock):
+            self.around.refuse(entry, "messages wait that would bring process descriptors (SO_PASSPIDFD)", RETRY)
+            return ()
+        with_files = any(files for _, files in entry.peeked)
+        if stream and not with_files and all(self._known(peeked) for peeked, _ in entry.peeked):
+            return tuple(self._message(entry, diag, peeked, ()) for peeked, _ in entry.peeked)
+        # Peeking joins bytes with the message behind them that has descriptors, and may skip empty messages.
+        memory = insight.sockets()
+        if memory is not None:
+            return self._read_queue(entry, diag, memory)
+        if insight.untried() or (stream and with_files):
+            what = "descriptors are on their way (SCM_RIGHTS)" if with_files else "messages wait in its queue"
+            self.around.refuse(entry, f"{what}: only kernel memory shows all of them", insight.why_not() or RETRY)
+        elif entry.sock.getsockopt(socket.SOL_SOCKET, ksock.SO_PEEK_OFF) >= 0:
             self.around.refuse(entry, "messages are queued while the program uses SO_PEEK_OFF", RETRY)
-            return ()
-        if entry.type == socket.SOCK_STREAM:
-            peeked = ksock.peek_stream(sock)
-        else:
-            closing = entry.type == socket.SOCK_SEQPACKET and diag.shutdown & ksock.SHUT_RCV
-            peeked = ksock.peek_messages(sock, ksock.queued(sock.fileno()) if closing else None)
-        if any(p.has_descriptors for p in peeked):
-            self.around.refuse(
-                entry, "descriptors are on their way in its queue (SCM_RIGHTS)", "wait until they are received"
-            )
-            return ()
-        return tuple(self._message(entry, diag, p) for p in peeked)
+        return tuple(self._message(entry, diag, peeked, files) for peeked, files in entry.peeked)
 
-    def _message(self, entry: Entry, diag: UnixDiag, peeked: Peeked) -> UnixMessage:
+    def _known(self, peeked: Peeked) -> bool:
+        """Whether it was sent by a process that is still there, as far as that is told."""
+        return all(
+            struct.unpack("iII", value[:12])[0] in self.pod_pids
+            for level, kind, value in peeked.controls
+            if level == socket.SOL_SOCKET and kind == socket.SCM_CREDENTIALS
+        )
+
+    def _read_queue(self, entry: Entry, diag: UnixDiag, memory: SocketMemory) -> tuple[UnixMessage, ...]:
+        """As kernel memory shows it; the descriptors are those that peeking has brought."""
+        passed = [files for _, files in entry.peeked if files]
+        found = []
+        for message in memory.unix_queue(entry.sock.fileno(), self._pid_level(memory)):
+            files: tuple[int, ...] = ()
+            if message.files:
+                files = passed.pop(0) if passed else ()
+                if len(files) != len(message.files):
+                    reason = "descriptors are on their way in an empty message, which can't be looked at twice"
+                    self.around.refuse(entry, reason, RETRY)
+            sender = message.name if entry.type == socket.SOCK_DGRAM else b""
+            sender_id = self._sender(entry, diag, sender)
+            found.append(UnixMessage(message.data, sender, sender_id, _credentials(message.sender), files))
+        return tuple(found)
+
+    def _message(self, entry: Entry, diag: UnixDiag, peeked: Peeked, files: tuple[int, ...]) -> UnixMessage:
         sender = b""
         if entry.type == socket.SOCK_DGRAM and peeked.address:
             address = peeked.address
             sender = address if isinstance(address, bytes) else os.fsencode(str(address))
-        by = self.by_name.get((entry.type, sender)) if sender else None
-        if not sender and diag.peer and not self.diag[diag.peer].name:
-            by = self.around.by_ino.get(diag.peer)  # nobody else can send to, or from, a pair without names
         credentials = None
         for level, kind, value in peeked.controls:
             if level == socket.SOL_SOCKET and kind == socket.SCM_CREDENTIALS:
                 pid, uid, gid = struct.unpack("iII", value[:12])
                 if pid or uid != OVERFLOW_ID:
                     credentials = Credentials(self._pod_pid(pid), uid, gid)
-        return UnixMessage(peeked.data, sender, by.file_id if by else None, credentials)
+        return UnixMessage(peeked.data, sender, self._sender(entry, diag, sender), credentials, files)
+
+    def _sender(self, entry: Entry, diag: UnixDiag, name: bytes) -> int | None:
+        """File id of the socket that sent a message, if it is known."""
+        by = self.by_name.get((entry.type, name)) if name else None
+        if not name and diag.peer and not self.diag[diag.peer].name:
+            by = self.around.by_ino.get(diag.peer)  # nobody else can send to, or from, a pair without names
+        return by.file_id if by else None
 
 
 def _credentials(sender: Sender | None) -> Credentials | None:
     return Credentials(sender.pid, sender.uid, sender.gid, sender.groups) if sender else None
+
+
+def _passes_pidfds(sock: socket.socket) -> bool:
+    """Who sends again what was sent has the same number, but isn't the same process: a pidfd would tell."""
+    try:
+        return bool(sock.getsockopt(socket.SOL_SOCKET, SO_PASSPIDFD))
+    except OSError:  # before Linux 6.5
+        return False
 
 
 def _mount_id(fd: int) -> str:

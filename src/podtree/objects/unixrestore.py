@@ -4,11 +4,12 @@ The order follows from what the kernel allows (net/unix/af_unix.c, Linux 6.18):
 
 1. stream and SOCK_SEQPACKET connections, through socketpair(2) or a passing listener of the right name,
    filled by sending, then shut down or left by an end that is gone;
-2. datagram sockets: all named ones are bound; then queues are filled, since a connected socket takes
+2. listeners, and the clients that wait to be accepted; idle sockets;
+3. datagram sockets: all named ones are bound; then queues are filled, since a connected socket takes
    messages only from its peer; then they are connected, in an order in which nobody is refused for the same
    reason;
-3. listeners, and the clients that wait to be accepted;
-4. the files of bound sockets move to their places, all at once; options and owners.
+4. of the first, those with descriptors in their queues: these may be any of the others, or themselves;
+5. the files of bound sockets move to their places, all at once; options and owners.
 """
 
 from __future__ import annotations
@@ -35,11 +36,14 @@ BATCH = 1000  # connections through one passing listener; net.core.somaxconn is 
 ROOM = 1 << 28  # SO_SNDBUF while queues are filled
 
 
-def restore(states: dict[int, UnixSocket]) -> dict[int, socket.socket]:
-    """All unix sockets of a pod by file id; the caller is in the pod's net and mount namespaces, / its root."""
+def restore(states: dict[int, UnixSocket], file: Callable[[int], int]) -> dict[int, socket.socket]:
+    """All unix sockets of a pod by file id; the caller is in the pod's net and mount namespaces, / its root.
+
+    `file` gives the descriptor of any other open file by its id.
+    """
     if not states:
         return {}
-    restorer = _Restorer(states)
+    restorer = _Restorer(states, file)
     try:
         return restorer.run()
     except OSError as error:
@@ -195,8 +199,10 @@ class _Link(NamedTuple):
 
 
 class _Restorer:
-    def __init__(self, states: dict[int, UnixSocket]) -> None:
+    def __init__(self, states: dict[int, UnixSocket], file: Callable[[int], int]) -> None:
         self.states = states
+        self.file = file
+        self.late: list[tuple[int, int | None]] = []  # connections with descriptors in their queues
         self.made: dict[int, socket.socket] = {}
         self.gone: dict[int, socket.socket] = {}  # stand-ins for ends that are gone, by the id of the other end
         self.passing: list[socket.socket] = []
@@ -208,13 +214,16 @@ class _Restorer:
 
     def run(self) -> dict[int, socket.socket]:
         self._connections()
-        self._datagrams()
         self._listeners()
         for file_id, state in self.states.items():
-            if file_id not in self.made:
-                self.made[file_id] = self._new(state.socktype)
-            if state.name and file_id not in self.places and not state.accepted:
-                self._bind(file_id)
+            if state.socktype != socket.SOCK_DGRAM:
+                if file_id not in self.made:
+                    self.made[file_id] = self._new(state.socktype)
+                if state.name and file_id not in self.places and not state.accepted:
+                    self._bind(file_id)
+        self._datagrams()
+        for one, two in self.late:
+            self._fill(one, two)
         for file_id, state in self.states.items():
             if state.shutdown and not (state.connected and state.socktype != socket.SOCK_DGRAM):
                 self.made[file_id].shutdown(state.shutdown - 1)
@@ -319,7 +328,15 @@ class _Restorer:
             for at in range(0, len(group), BATCH):
                 self._link(kind, name, who, group[at : at + BATCH])
         for one, two in ends:
-            self._fill(one, two)
+            for file_id in [one] if two is None else [one, two]:
+                state = self.states[file_id]
+                if state.name and not state.accepted and file_id not in self.places:
+                    self._bind(file_id)
+            queues = self.states[one].queue + (self.states[two].queue if two is not None else ())
+            if any(message.files for message in queues):
+                self.late.append((one, two))
+            else:
+                self._fill(one, two)
 
     def _sort(
         self,
@@ -379,10 +396,6 @@ class _Restorer:
         """Queues, then how far the connection has been closed."""
         a = self.states[one]
         other = self.made[two] if two is not None else self.gone[one]
-        for file_id in [one] if two is None else [one, two]:
-            state = self.states[file_id]
-            if state.name and not state.accepted and file_id not in self.places:
-                self._bind(file_id)
         self._send(other, a.queue, None)
         if two is not None:
             self._send(self.made[one], self.states[two].queue, None)
@@ -410,22 +423,29 @@ class _Restorer:
         self, sender: socket.socket, messages: tuple[UnixMessage, ...], who: Credentials | None, to: Place | None
     ) -> None:
         def work() -> list[int]:
-            ancillary = []
+            stamp: list[tuple[int, int, bytes]] = []
             if who is not None:
-                stamp = struct.pack("iII", os.getpid(), who.uid, who.gid)
-                ancillary = [(socket.SOL_SOCKET, socket.SCM_CREDENTIALS, stamp)]
+                raw = struct.pack("iII", os.getpid(), who.uid, who.gid)
+                stamp = [(socket.SOL_SOCKET, socket.SCM_CREDENTIALS, raw)]
             with self.names.near(to) if to else contextlib.nullcontext(b"") as address:
                 for message in messages:
-                    rest = memoryview(message.data)
+                    rest, ancillary = memoryview(message.data), stamp + self._rights(message)
                     while True:
                         count = sender.sendmsg([rest], ancillary, socket.MSG_NOSIGNAL, address or None)
-                        rest = rest[count:]
+                        rest, ancillary = rest[count:], stamp
                         if not rest:
                             break
             return []
 
         with _room(sender):
             run_as(who, work)
+
+    def _rights(self, message: UnixMessage) -> list[tuple[int, int, bytes]]:
+        """SCM_RIGHTS, if descriptors were sent along."""
+        if not message.files:
+            return []
+        fds = [self.made[one].fileno() if one in self.made else self.file(one) for one in message.files]
+        return [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"{len(fds)}i", *fds))]
 
     # datagrams
 
