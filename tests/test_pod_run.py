@@ -27,8 +27,8 @@ def test_exit_code(podtree: Podtree, code: int) -> None:
 def test_command_not_found(podtree: Podtree) -> None:
     """127 and 126 as in a shell; no pod is left of it."""
     assert "no such program" in podtree("run", "--", "no-such-program", code=127).err
-    podtree("run", "--", "/no/such/program", code=127)
-    podtree("run", "--", "/etc/passwd", code=126)
+    assert "/no/such/program: No such" in podtree("run", "--", "/no/such/program", code=127).err
+    assert "/etc/passwd: Permission denied" in podtree("run", "--", "/etc/passwd", code=126).err
     podtree("run", "-d", "--", "no-such-program", code=127)
     podtree("run", code=2)
     assert podtree.pods() == []
@@ -152,6 +152,31 @@ def test_volumes(podtree: Podtree, tmp_path: Path) -> None:
     done = podtree("run", "--rm", "-v", f"{tmp_path}/f:/etc/hostname:ro", "--", "cat", "/etc/hostname")
     assert done.out == "from outside"
     podtree("run", "-v", "/no/such/place:/mnt", "--", "true", code=2)
+    assert f"-v {tmp_path}/f:/etc" in podtree("run", "-v", f"{tmp_path}/f:/etc", "--", "true", code=2).err
+
+
+def test_volumes_inside_of_volumes(podtree: Podtree, tmp_path: Path) -> None:
+    """The inner one is seen, in whatever order they are given."""
+    outer, inner = tmp_path / "outer dir", tmp_path / "inner"
+    (outer / "sub").mkdir(parents=True)
+    inner.write_text("inner")
+    both = ["-v", f"{inner}:/mnt/x/sub/file:ro"], ["-v", f"{outer}:/mnt/x"]
+    for one, other in (both, both[::-1]):
+        assert podtree("run", "--rm", *one, *other, "--", "cat", "/mnt/x/sub/file").out == "inner"
+
+
+def test_names(podtree: Podtree, tmp_path: Path) -> None:
+    """The host name is the pod's name, /etc knows it; a host file that -v shows there isn't written to."""
+    out = podtree("run", "--rm", "--name", "some_box", "--", "cat", "/proc/sys/kernel/hostname", "/etc/hostname").out
+    assert out == "some-box\nsome-box\n"
+    script = 'test "$(hostname)" != pod && getent hosts "$(hostname)"'
+    assert "127.0.0.1" in podtree("run", "--rm", "--", "sh", "-c", script).out
+    for name in ("hosts", "hostname"):
+        (tmp_path / name).write_text("the host's\n")
+        options = ["-v", f"{tmp_path / name}:/etc/{name}"]
+        assert podtree("run", "--rm", *options, "--", "cat", f"/etc/{name}").out == "the host's\n"
+    podtree("run", "--rm", "-v", f"{tmp_path}:/etc", "--", "true")
+    assert {(tmp_path / name).read_text() for name in ("hosts", "hostname")} == {"the host's\n"}
 
 
 def test_writes_stay_apart(podtree: Podtree) -> None:
@@ -168,20 +193,36 @@ def test_memory_limit(podtree: Podtree) -> None:
     assert done.out == ""
 
 
-def test_pids_limit(podtree: Podtree) -> None:
-    program = """
-import os, sys, time
-time.sleep(0.5)  # the process that built the pod is counted until it has ended
+FORKS = """
+import os, time
 made = 0
 try:
     for _ in range(50):
         if os.fork() == 0:
-            import time; time.sleep(1000)
+            time.sleep(1000)
         made += 1
 except BlockingIOError:
-    print(made)
+    print(made, flush=True)
 """
-    assert podtree("run", "--rm", "--pids", "10", "--", SYSTEM_PYTHON, "-c", program).out == "9\n"
+
+
+def test_pids_limit(podtree: Podtree) -> None:
+    """What builds the pod doesn't count."""
+    assert podtree("run", "--rm", "--pids", "10", "--", SYSTEM_PYTHON, "-c", FORKS).out == "9\n"
+    podtree("run", "--rm", "--pids", "1", "--", "true")
+
+
+def test_pids_limit_of_a_branch(podtree: Podtree) -> None:
+    """A pod with all the tasks that it may have can be looked into, saved and branched; the limit is still there."""
+    pod = podtree.run(SYSTEM_PYTHON, "-c", FORKS + "time.sleep(1000)", options=["--pids", "10"])
+    pod.wait_log("9\n")
+    assert pod.exec("echo", "inside") == "inside\n"
+    pod.checkpoint()
+    for branch in (podtree.branch(f"{pod.name}@1"), pod):
+        if branch is pod:
+            podtree("rewind", pod.name, f"{pod.name}@1")
+        done = podtree("exec", branch.name, "--", SYSTEM_PYTHON, "-c", FORKS)
+        assert done.out == "0\n"
 
 
 def test_cpu_limit(podtree: Podtree) -> None:

@@ -37,7 +37,18 @@ def test_volumes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["/tmp", "/tmp:rel", "/tmp:/", "/tmp:/proc/x", "/tmp:/x/../dev", "/no/such:/x", "/tmp:/x:rx"]
+    "text",
+    [
+        "/tmp",
+        "/tmp:rel",
+        "/tmp:/",
+        "/tmp:/proc/x",
+        "/tmp:/x/../dev",
+        "/no/such:/x",
+        "/tmp:/x:rx",
+        ":/x",
+        "/tmp:///proc/x",
+    ],
 )
 def test_bad_volumes(text: str) -> None:
     with pytest.raises(UsageError):
@@ -57,8 +68,10 @@ def test_environment_passes_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "bad",
     [
-        {"argv": ()}, {"argv": ("",)}, {"argv": ("a\0b",)}, {"argv": ("\udcff",)}, {"argv": ("a",), "cwd": "x"},
+        {"argv": ()}, {"argv": ("",)}, {"argv": ("a\0b",)}, {"argv": ("\ud800",)}, {"argv": ("a",), "cwd": "x"},
         {"argv": ("a",), "hostname": "a b"}, {"argv": ("a",), "memory": 5}, {"argv": ("a",), "cpus": 0.0},
+        {"argv": ("a",), "user": "\udcff"}, {"argv": ("a",), "pids": 1 << 40}, {"argv": ("a",), "pids": 0},
+        {"argv": ("a",), "volumes": (Volume("/x", "/mnt"), Volume("/y", "/mnt"))},
     ],
 )  # fmt: skip
 def test_check_refuses(bad: dict[str, object]) -> None:
@@ -67,8 +80,30 @@ def test_check_refuses(bad: dict[str, object]) -> None:
 
 
 def test_spec_survives_json() -> None:
-    before = PodSpec(argv=("a", "b"), env={"x": "y"}, volumes=(Volume("/a", "/b", True),), cpus=1.5, stdio="tty")
+    before = PodSpec(
+        argv=("a", "\udce9"), env={"x\udcff": "y\udc80"}, volumes=(Volume("/a", "/b", True),), cpus=1.5, stdio="tty"
+    )
     assert PodSpec.from_dict(before.to_dict()) == before
+    assert PodSpec.from_json(before.to_json()) == before
+    assert b"\\u0000e9" in before.to_json()
+
+
+def test_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over the host's files a relative one is the caller's; in another root it begins at /."""
+    monkeypatch.chdir(tmp_path)
+    assert spec.working_directory(None, host_root=True) == str(tmp_path)
+    assert spec.working_directory("a/../b", host_root=True) == str(tmp_path / "b")
+    assert [spec.working_directory(text, host_root=False) for text in (None, "a", "//b/.", "../c")] == [
+        "/", "/a", "/b", "/c",
+    ]  # fmt: skip
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert spec.working_directory(None, host_root=True) == "/"
+    for call in (lambda: spec.working_directory("x", host_root=True), lambda: spec.parse_volume(".:/mnt")):
+        with pytest.raises(UsageError):
+            call()
 
 
 def test_detach_keys() -> None:
@@ -192,7 +227,7 @@ def test_errors_cross_processes() -> None:
 def test_reports_that_make_no_sense() -> None:
     """A program of the pod may have got hold of the report pipe."""
     for data in (b"x", b"E\xc1", b"E\x01", b"12345678", b"E" + b"\x90" * 5000):
-        assert isinstance(wire.parse_report(data), PodtreeError)
+        assert isinstance(wire.parse_report(data, "true"), PodtreeError)
 
 
 def test_paths_stay_inside(tmp_path: Path) -> None:

@@ -82,8 +82,8 @@ class Pool:
         spec = PodSpec(
             argv=argv,
             env={**specs.environment((), host_root=root is None, tty=tty), **(env or {})},
-            cwd=os.path.abspath(cwd) if cwd else os.getcwd() if root is None else "/",
-            hostname=hostname or specs.as_hostname(name or "pod"),
+            cwd=specs.working_directory(cwd, host_root=root is None),
+            hostname=hostname or "",
             user=user,
             stdio=stdio,
             interactive=interactive,

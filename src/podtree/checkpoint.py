@@ -328,7 +328,7 @@ class Checkpointer:
             hostname=self.live.spec.hostname,
             domainname="",
             clock=self._clock(),
-            spec=msgspec.json.encode(self.live.spec),
+            spec=self.live.spec.to_json(),
             processes=tuple(collected.processes),
             zombies=tuple(collected.zombies),
             last_pid=collected.last_pid,

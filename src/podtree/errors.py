@@ -8,6 +8,11 @@ from __future__ import annotations
 import msgspec
 
 
+def as_text(text: str) -> str:
+    """Arguments and names of files may hold bytes that are no text (surrogateescape): those escaped."""
+    return text.encode(errors="backslashreplace").decode()
+
+
 def printable(text: str) -> str:
     """The text with all that isn't printable escaped: what a pod or an image says must not drive a terminal.
 
@@ -48,9 +53,9 @@ class PodtreeError(Exception):
     exit_code = 1
 
     def __init__(self, message: str, hint: str = "") -> None:
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
+        self.message = as_text(message)
+        self.hint = as_text(hint)
+        super().__init__(self.message)
 
     def __str__(self) -> str:
         return self.message

@@ -7,17 +7,20 @@ import sys
 import click
 
 from podtree.cli import common, logs, proxy
+from podtree.errors import PodtreeError
 from podtree.pod import control
 from podtree.pod import spec as specs
 from podtree.pod.spec import PodSpec
+from podtree.pool.pool import Pool
+from podtree.pool.records import PodRecord
 
 
 @click.command("attach")
 @click.option("--no-stdin", is_flag=True, help="Only watch.")
 @click.option("--detach-keys", default=specs.DEFAULT_DETACH_KEYS, show_default=True, metavar="KEYS")
-@click.option("--json", "_as_json", is_flag=True, help="Errors as JSON; the rest is the pod's own.")
+@common.json_flag("Print errors as JSON.")
 @click.argument("ref", metavar="POD")
-def command(no_stdin: bool, detach_keys: str, _as_json: bool, ref: str) -> None:
+def command(no_stdin: bool, detach_keys: str, as_json: bool, ref: str) -> None:
     """Attach to a pod's stdin, stdout and stderr; its exit code is passed on.
 
     The detach keys leave it running. A pod that was started with -d and no terminal only writes to its
@@ -28,10 +31,7 @@ def command(no_stdin: bool, detach_keys: str, _as_json: bool, ref: str) -> None:
     pod = pool.pod(ref)
     mode = PodSpec.from_dict(pod.spec).stdio
     if mode not in ("tty", "pipes"):
-        with control.connect(pool, pod):  # or it isn't running
-            pass
-        logs.follow(pool, pod, tail=0)
-        sys.exit(control.exit_code(pool, pod))
+        sys.exit(_follow_log(pool, pod))
     terminal = mode == "tty" and proxy.is_terminal()
 
     def connect() -> control.Client:
@@ -47,3 +47,14 @@ def command(no_stdin: bool, detach_keys: str, _as_json: bool, ref: str) -> None:
     if code is None:
         proxy.say(f"\ndetached from {pod.name}")
     sys.exit(code or 0)
+
+
+def _follow_log(pool: Pool, pod: PodRecord) -> int:
+    """Print what is added to the log; the exit code, once the pod has ended."""
+    with control.connect(pool, pod) as client:  # the one who knows the code, also when the pod then is removed
+        client.send({"do": "wait"})
+        logs.follow(pool, pod, tail=0)
+        try:
+            return int(client.reply()["code"])
+        except PodtreeError:  # the supervisor was replaced meanwhile
+            return control.exit_code(pool, pod)

@@ -8,7 +8,7 @@ import click
 import msgspec
 
 from podtree.cli import common
-from podtree.errors import Refused
+from podtree.errors import Refused, printable
 from podtree.pod import control
 
 
@@ -23,7 +23,7 @@ def command(as_json: bool, ref: str) -> None:
         common.print_json({"ok": not problems, "problems": [msgspec.to_builtins(p) for p in problems]})
     else:
         for problem in problems:
-            click.echo(str(problem))
+            click.echo(printable(str(problem)))
         if not problems:
             click.echo("ok")
     sys.exit(Refused.exit_code if problems else 0)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
-
 import click
 
+from podtree.cli import common
 from podtree.cli.rm import remove
 from podtree.cli.show import find
 from podtree.pool.pool import Pool
@@ -14,7 +13,7 @@ from podtree.pool.records import PodRecord
 
 @click.command("discard")
 @click.argument("refs", nargs=-1, required=True, metavar="REF...")
-@click.option("--json", "as_json", is_flag=True, help="Print a list of objects.")
+@common.json_flag("Print a list of objects.")
 def command(refs: tuple[str, ...], as_json: bool) -> None:
     """Throw away pods, also running ones, with all that only they used; or checkpoints.
 
@@ -32,4 +31,4 @@ def command(refs: tuple[str, ...], as_json: bool) -> None:
             if not as_json:
                 click.echo(name)
     if as_json:
-        click.echo(json.dumps(done))
+        common.print_json(done)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
+import sys
 
 import click
-import msgspec
 
+from podtree.cli import common
 from podtree.errors import Unsupported
 
 
 @click.command("doctor")
-@click.option("--json", "as_json", is_flag=True, help="Print a list of objects.")
+@common.json_flag("Print a list of objects.")
 def command(as_json: bool) -> None:
     """Try every feature that podtree uses, and say what is done without those that are missing.
 
@@ -21,7 +21,7 @@ def command(as_json: bool) -> None:
 
     probes = examine()
     if as_json:
-        click.echo(json.dumps(msgspec.to_builtins(probes)))
+        common.print_json(probes)
     else:
         width = max(len(probe.name) for probe in probes)
         for probe in probes:
@@ -29,5 +29,7 @@ def command(as_json: bool) -> None:
             otherwise = f"; instead: {probe.otherwise}" if not probe.ok and probe.otherwise else ""
             click.echo(f"{mark:<7}  {probe.name:<{width}}  {probe.detail}{otherwise}")
     missing = [probe.name for probe in probes if probe.needed and not probe.ok]
+    if missing and as_json:
+        sys.exit(Unsupported.exit_code)
     if missing:
         raise Unsupported(f"this machine lacks: {', '.join(missing)}")

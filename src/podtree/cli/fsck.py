@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import sys
 
 import click
-import msgspec
 
+from podtree.cli import common
 from podtree.errors import Damaged, printable
 from podtree.pool.pool import Pool
 from podtree.pool.records import CheckpointRecord
@@ -17,7 +16,7 @@ from podtree.pool.view import size
 @click.command("fsck")
 @click.argument("refs", nargs=-1, metavar="[REF...]")
 @click.option("-q", "--quiet", is_flag=True, help="Don't show which checkpoint is being read.")
-@click.option("--json", "as_json", is_flag=True, help="Print one object.")
+@common.json_flag("Print one object.")
 def command(refs: tuple[str, ...], quiet: bool, as_json: bool) -> None:
     """Verify checkpoints (all, or those given), reading every byte, and the index.
 
@@ -37,7 +36,7 @@ def command(refs: tuple[str, ...], quiet: bool, as_json: bool) -> None:
     if show:
         click.echo("\r\x1b[K", err=True, nl=False)
     if as_json:
-        click.echo(json.dumps(msgspec.to_builtins(report)))
+        common.print_json(report)
     else:
         for damage in report.damage:
             click.echo(printable(str(damage)))

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import json
-
 import click
 import msgspec
 
+from podtree.cli import common
 from podtree.pool.pool import Pool
 from podtree.pool.view import size
 
 
 @click.command("gc")
 @click.option("-n", "--dry-run", is_flag=True, help="Only say what would be removed.")
-@click.option("--json", "as_json", is_flag=True, help="Print one object.")
+@common.json_flag("Print one object.")
 def command(dry_run: bool, as_json: bool) -> None:
     """Remove what no pod, branch or tag needs, and what killed commands left behind."""
     with Pool.open() as pool:
         report = pool.gc(dry_run=dry_run)
     if as_json:
-        click.echo(json.dumps({"dry_run": dry_run, **msgspec.to_builtins(report)}))
+        common.print_json({"dry_run": dry_run, **msgspec.to_builtins(report)})
         return
     verb = "would be removed" if dry_run else "removed"
     for checkpoint in report.checkpoints:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+from typing import Any
+
 import click
 
 from podtree.cli import common
@@ -16,13 +19,13 @@ def command(name: str, as_json: bool, refs: tuple[str, ...]) -> None:
     """Send the first process of pods a signal. KILL ends the pod, and is waited for."""
     number = control.parse_signal(name)
     pool = common.open_pool()
-    for ref in refs:
+
+    def kill(ref: str) -> dict[str, Any]:
         pod = pool.pod(ref)
-        if number == 9:
+        if number == signal.SIGKILL:
             control.end_pod(pool, pod)
         else:
             control.send_signal(pool, pod, number)
-        if as_json:
-            common.print_json({"pod": pod.name, "id": pod.id, "signal": number})
-        else:
-            click.echo(pod.name)
+        return {"pod": pod.name, "id": pod.id, "signal": number}
+
+    common.for_each(refs, as_json, kill)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
-
 import click
 
+from podtree.cli import common
 from podtree.pool.pool import Pool
 from podtree.pool.records import CheckpointRecord, PodRecord
 
@@ -14,7 +13,7 @@ from podtree.pool.records import CheckpointRecord, PodRecord
 @click.argument("pod", required=False)
 @click.option("--graph", is_flag=True, help="Draw the tree of checkpoints and branches.")
 @click.option("-n", "--max-count", type=click.IntRange(min=1), metavar="N", help="Only the newest N.")
-@click.option("--json", "as_json", is_flag=True, help="Print a list of objects, newest first.")
+@common.json_flag("Print a list of objects, newest first.")
 def command(pod: str | None, graph: bool, max_count: int | None, as_json: bool) -> None:
     """Show checkpoints, newest first: all, or those of POD.
 
@@ -28,7 +27,7 @@ def command(pod: str | None, graph: bool, max_count: int | None, as_json: bool) 
         checkpoints = _of_pod(pool, pod, graph) if pod else pool.checkpoints()
     newest = checkpoints[::-1][:max_count]
     if as_json:
-        click.echo(json.dumps([view.checkpoint_json(record) for record in newest]))
+        common.print_json([view.checkpoint_json(record) for record in newest])
     elif graph:
         text = drawing.draw(newest, pods)
         click.echo(text, nl=bool(text))

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import os
 import sys
 import time
+from collections.abc import Callable
 from typing import BinaryIO
 
 import click
 
 from podtree.cli import common
-from podtree.errors import UsageError
+from podtree.errors import NotFound
 from podtree.pod import control
 from podtree.pool.pool import Pool
 from podtree.pool.records import PodRecord
@@ -22,36 +24,48 @@ _CHUNK = 1 << 16
 @click.command("logs")
 @click.option("-f", "--follow", "following", is_flag=True, help="Go on until the pod ends.")
 @click.option("-n", "--tail", type=click.IntRange(min=0), metavar="N", help="Only the last N lines.")
-@common.json_option
+@common.json_flag("Print an object with the text as `log`; with -f one for each piece.")
 @click.argument("ref", metavar="POD")
 def command(following: bool, tail: int | None, as_json: bool, ref: str) -> None:
-    """Show what a pod has written; with --json as one object, bytes that are no text replaced."""
+    """Show what a pod has written."""
     pool = common.open_pool()
     pod = pool.pod(ref)
-    if as_json:
-        if following:
-            raise UsageError("--follow has no end that could be one JSON object")
-        with open(control.dirs_of(pool, pod.id).log, "rb") as file:
-            _seek_tail(file, tail)
-            common.print_json({"pod": pod.name, "id": pod.id, "log": file.read().decode(errors="replace")})
-        return
+    show = _json_writer(pod) if as_json else _write
     if following:
         with contextlib.suppress(KeyboardInterrupt):
-            follow(pool, pod, tail)
+            follow(pool, pod, tail, show)
         return
     with open(control.dirs_of(pool, pod.id).log, "rb") as file:
         _seek_tail(file, tail)
-        _copy(file)
+        if as_json:
+            show(file.read())
+        else:
+            _copy(file, show)
 
 
-def follow(pool: Pool, pod: PodRecord, tail: int | None) -> None:
+def _write(data: bytes) -> None:
+    sys.stdout.buffer.write(data)
+    sys.stdout.buffer.flush()
+
+
+def _json_writer(pod: PodRecord) -> Callable[[bytes], None]:
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def write(data: bytes) -> None:
+        common.print_json({"pod": pod.name, "id": pod.id, "log": decoder.decode(data)})
+        sys.stdout.flush()
+
+    return write
+
+
+def follow(pool: Pool, pod: PodRecord, tail: int | None, show: Callable[[bytes], None] = _write) -> None:
     """Print the log as it grows, until the pod has ended. After a rewind: as it grows from there."""
     path = control.dirs_of(pool, pod.id).log
     file = open(path, "rb")
     _seek_tail(file, tail)
     while True:
-        running = pool.pod(pod.id).is_running
-        _copy(file)
+        running = _runs(pool, pod)
+        _copy(file, show)
         if not running:
             return
         time.sleep(0.1)
@@ -65,10 +79,16 @@ def follow(pool: Pool, pod: PodRecord, tail: int | None) -> None:
                 file.seek(0, os.SEEK_END)
 
 
-def _copy(file: BinaryIO) -> None:
+def _runs(pool: Pool, pod: PodRecord) -> bool:
+    try:
+        return pool.pod(pod.id).is_running
+    except NotFound:  # it was run with --rm; what it wrote last can still be read
+        return False
+
+
+def _copy(file: BinaryIO, show: Callable[[bytes], None]) -> None:
     while data := file.read(_CHUNK):
-        sys.stdout.buffer.write(data)
-    sys.stdout.buffer.flush()
+        show(data)
 
 
 def _seek_tail(file: BinaryIO, lines: int | None) -> None:

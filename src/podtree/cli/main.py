@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import errno
 import importlib
 import os
+import signal
 import sys
-from typing import Any
 
 import click
 
-from podtree.errors import PodtreeError, UsageError, printable
+from podtree.cli import common
+from podtree.errors import PodtreeError, UsageError
 
 _VERBS = {
     "run": "Run a command in a new pod.",
@@ -40,15 +40,6 @@ _VERBS = {
 }
 _ALIASES = {"fork": "branch"}
 _MODULES = {"exec": "exec_"}
-_HINTS = {
-    errno.EROFS: "set PODTREE_HOME to a place that can be written to",
-    errno.ENOSPC: "podtree discard what isn't needed, then podtree gc; or free space on the disk",
-    errno.EACCES: "podtree needs to be root",
-    errno.EPERM: "podtree needs to be root, with the right to make namespaces, mounts and loop devices",
-    errno.EIO: "the disk is failing, or what is kept is damaged: podtree fsck",
-}
-
-
 class Verbs(click.Group):
     """A group whose commands are the modules of this package."""
 
@@ -80,70 +71,78 @@ def cli() -> None:
 
 def main() -> None:
     """The program `podtree`."""
+    _open_standard_streams()
+    wanted = common.Wanted(json="--json" in _own_words(sys.argv[1:]))
     try:
-        _check_words()
-        code = cli.main(standalone_mode=False)
+        # Not by cli.main(), which has ways of its own with errors of stdout.
+        with cli.make_context("podtree", sys.argv[1:], obj=wanted) as context:
+            cli.invoke(context)
         sys.stdout.flush()
+        code = 0
     except PodtreeError as error:
-        code = _report(error)
+        code = _report(error, wanted)
     except click.exceptions.Exit as error:
         code = error.exit_code
     except click.ClickException as error:
-        code = _report_usage(error)
+        code = _report_usage(error, wanted)
     except (click.Abort, KeyboardInterrupt):
         code = 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        code = 141
+        code = _nobody_reads()
     except OSError as error:
-        code = _report(_as_error(error))
-    sys.exit(code if isinstance(code, int) else 0)
+        code = _report(common.as_podtree_error(error), wanted)
+    sys.exit(code)
 
 
-def _check_words() -> None:
-    """Names, messages and programs go into JSON and the index, which hold text."""
-    for word in sys.argv[1:]:
-        if not word.isascii() and word != word.encode(errors="replace").decode():
-            raise UsageError(f"not valid UTF-8: {os.fsencode(word)!r}")
+def _open_standard_streams() -> None:
+    """/dev/null in the place of 0, 1 and 2 where they are closed.
+
+    Otherwise the index or a socket would be opened there, and what a pod prints would be written to it.
+    """
+    for fd in (0, 1, 2):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest that is free: this one
+    sys.stdin = sys.stdin or open(0, closefd=False)
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)
 
 
-def _as_error(error: OSError) -> PodtreeError:
-    """What the system refused, without the way there."""
-    what = error.strerror or str(error) or type(error).__name__
-    place = f": {os.fsdecode(error.filename)}" if isinstance(error.filename, str | bytes) else ""
-    return PodtreeError(what + place, _HINTS.get(error.errno or 0, ""))
+def _own_words(words: list[str]) -> list[str]:
+    """Without a program's words behind `--`. Only a guess, for errors that come before options are understood."""
+    return words[: words.index("--")] if "--" in words else words
 
 
-def _wants_json() -> bool:
-    words = sys.argv[1:]
-    return "--json" in words[: words.index("--") if "--" in words else len(words)]
+def _nobody_reads() -> int:
+    """stdout is a pipe without a reader; as if SIGPIPE had ended this command."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return 128 + signal.SIGPIPE
 
 
-def _report(error: PodtreeError) -> int:
+def _report_usage(error: click.ClickException, wanted: common.Wanted) -> int:
+    if not wanted.json:
+        error.show()
+        return error.exit_code
+    context = getattr(error, "ctx", None)
+    hint = f"{context.command_path} --help" if context is not None else "podtree --help"
+    return _report(UsageError(error.format_message(), hint), wanted)
+
+
+def _report(error: PodtreeError, wanted: common.Wanted) -> int:
     """To stderr for people; with --json as an object on stdout."""
-    if _wants_json():
-        import msgspec
+    if os.environ.get("PODTREE_DEBUG"):
+        import traceback
 
-        problems = [msgspec.to_builtins(p) for p in getattr(error, "problems", [])]
-        data: dict[str, Any] = {
-            "error": printable(error.message), "hint": printable(error.hint), "problems": problems,
-        }  # fmt: skip
-        click.echo(msgspec.json.encode(data).decode())
-    else:
-        click.echo(f"podtree: {_printable(error.message)}", err=True)
-        if error.hint:
-            click.echo(f"  {_printable(error.hint)}", err=True)
-    return error.exit_code
-
-
-def _printable(text: str) -> str:
-    """Names come from pods, and must not drive the terminal; line ends are the message's own."""
-    return "\n".join(printable(line) for line in text.split("\n"))
-
-
-def _report_usage(error: click.ClickException) -> int:
-    """A word that click doesn't understand."""
-    if _wants_json():
-        return _report(UsageError(error.format_message(), "podtree VERB --help"))
-    error.show()
+        traceback.print_exception(error)
+    try:
+        if wanted.json:
+            common.print_json(common.error_json(error))
+            sys.stdout.flush()
+        else:
+            common.print_error(error)
+    except BrokenPipeError:
+        _nobody_reads()
+    except OSError:  # a full disk: the exit code is what can still be told
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     return error.exit_code

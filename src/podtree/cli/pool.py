@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
-
 import click
-import msgspec
 
+from podtree.cli import common
 from podtree.pool.pool import Pool
 from podtree.pool.view import size
 
@@ -17,13 +15,13 @@ def command() -> None:
 
 
 @command.command("info")
-@click.option("--json", "as_json", is_flag=True, help="Print one object.")
+@common.json_flag("Print one object.")
 def info(as_json: bool) -> None:
     """Where the pool is and how full."""
     with Pool.open() as pool:
         found = pool.info()
     if as_json:
-        click.echo(json.dumps(msgspec.to_builtins(found)))
+        common.print_json(found)
         return
     click.echo(f"{found.home} ({found.backend}): {found.pods} pods, {found.checkpoints} checkpoints")
     click.echo(f"{size(found.used)} used, {size(found.free)} free of {size(found.size)}")
@@ -34,11 +32,11 @@ def info(as_json: bool) -> None:
 
 
 @command.command("unmount")
-@click.option("--json", "as_json", is_flag=True, help="Print one object.")
+@common.json_flag("Print one object.")
 def unmount(as_json: bool) -> None:
     """Unmount the pool's file and free its loop device; the next command mounts it again."""
     from podtree.pool.home import default_home
 
     done = Pool.close_home(default_home())
     if as_json:
-        click.echo(json.dumps({"unmounted": done}))
+        common.print_json({"unmounted": done})

@@ -14,9 +14,10 @@ from podtree.pool.records import PodRecord
 
 @click.command("ps")
 @click.option("-q", "--quiet", is_flag=True, help="Only names.")
+@click.option("-a", "--all", "_all", is_flag=True, help="Also those that have ended: as without it.")
 @click.option("--running", is_flag=True, help="Only those that run.")
 @common.json_option
-def command(quiet: bool, running: bool, as_json: bool) -> None:
+def command(quiet: bool, _all: bool, running: bool, as_json: bool) -> None:
     """List pods, oldest first."""
     pods = [pod for pod in common.open_pool().pods() if pod.is_running or not running]
     if as_json:

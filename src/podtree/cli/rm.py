@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
+from typing import Any
 
 import click
 
+from podtree.cli import common
 from podtree.errors import Conflict, NotFound
 from podtree.pool.pool import Pool
 from podtree.pool.records import PodRecord
@@ -15,24 +16,23 @@ from podtree.pool.retention import Removed
 @click.command("rm")
 @click.argument("pods", nargs=-1, required=True, metavar="POD...")
 @click.option("-f", "--force", is_flag=True, help="End the processes of a pod that runs.")
-@click.option("--json", "as_json", is_flag=True, help="Print a list of objects.")
+@common.json_flag("Print a list of objects.")
 def command(pods: tuple[str, ...], force: bool, as_json: bool) -> None:
     """Remove pods: their volumes, and their checkpoints.
 
     Checkpoints stay that are tagged, or that another pod was branched from.
     """
-    done = []
     with Pool.open() as pool:
-        for record in [pool.pod(ref) for ref in dict.fromkeys(pods)]:
+
+        def remove_one(ref: str) -> dict[str, Any]:
+            record = pool.pod(ref)
             removed = remove(pool, record, force=force)
             kept = [kept.ref for kept in pool.checkpoints(record.id)]
-            done.append({"pod": record.name, "id": record.id, "checkpoints": list(removed.checkpoints), "kept": kept})
-            if not as_json:
-                click.echo(record.name)
-                if kept:
-                    click.echo(f"kept, for tags or branches: {', '.join(kept)}", err=True)
-    if as_json:
-        click.echo(json.dumps(done))
+            if kept and not as_json:
+                click.echo(f"kept, for tags or branches: {', '.join(kept)}", err=True)
+            return {"pod": record.name, "id": record.id, "checkpoints": list(removed.checkpoints), "kept": kept}
+
+        common.for_each(pods, as_json, remove_one)
 
 
 def remove(pool: Pool, record: PodRecord, *, force: bool) -> Removed:

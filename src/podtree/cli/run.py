@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 
 import click
@@ -60,22 +59,20 @@ def command(
     terminal = not detach and proxy.is_terminal()
     stdio: StdioMode = "tty" if tty or terminal else "pipes" if interactive or not detach else "log"
     pool = common.open_pool()
-    spec = specs.check(
-        PodSpec(
-            argv=argv,
-            env=specs.environment(env, host_root=root is None, tty=stdio == "tty"),
-            cwd=os.path.abspath(workdir) if workdir else _here(root),
-            hostname=hostname or specs.as_hostname(name or "pod"),
-            user=user,
-            stdio=stdio,
-            interactive=interactive,
-            volumes=tuple(specs.parse_volume(v) for v in volume),
-            rootfs=rootfs.prepare(pool.root, root) if root else None,
-            memory=specs.parse_size(memory) if memory else None,
-            cpus=cpus,
-            pids=pids,
-            auto_remove=remove,
-        )
+    spec = PodSpec(
+        argv=argv,
+        env=specs.environment(env, host_root=root is None, tty=stdio == "tty"),
+        cwd=specs.working_directory(workdir, host_root=root is None),
+        hostname=hostname or "",
+        user=user,
+        stdio=stdio,
+        interactive=interactive,
+        volumes=tuple(specs.parse_volume(v) for v in volume),
+        rootfs=rootfs.prepare(pool.root, root) if root else None,
+        memory=specs.parse_size(memory) if memory else None,
+        cpus=cpus,
+        pids=pids,
+        auto_remove=remove,
     )
     size = common.terminal_size() if stdio == "tty" else None
     if detach:
@@ -85,19 +82,11 @@ def command(
     sys.exit(_foreground(pool, name, spec, size, terminal, keys))
 
 
-def _here(root: str | None) -> str:
-    """The current directory, where the pod sees the same files."""
-    try:
-        return os.getcwd() if root is None else "/"
-    except FileNotFoundError:
-        return "/"
-
-
 def _foreground(
     pool: Pool, name: str | None, spec: PodSpec, size: tuple[int, int] | None, terminal: bool, keys: bytes
 ) -> int:
     signals = proxy.Signals(terminal=terminal)
-    pod = pool.create_pod(name, spec.to_dict())
+    pod = control.create(pool, name, spec)
     client, _ = control.start_or_remove(pool, pod, attach=True, size=size)
 
     def reconnect() -> control.Client:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from typing import Any
 
 import click
 
+from podtree.cli import common
 from podtree.errors import NotFound, printable
 from podtree.pool import view
 from podtree.pool.pool import Pool
@@ -16,14 +16,14 @@ from podtree.pool.records import CheckpointRecord, PodRecord
 
 @click.command("show")
 @click.argument("ref")
-@click.option("--json", "as_json", is_flag=True, help="Print one object.")
+@common.json_flag("Print one object.")
 def command(ref: str, as_json: bool) -> None:
     """Show a pod (by its name or id) or a checkpoint (pod@N, id, tag...)."""
     with Pool.open() as pool:
         found = find(pool, ref)
         data = _pod(pool, found) if isinstance(found, PodRecord) else _checkpoint(pool, found)
     if as_json:
-        click.echo(json.dumps(data))
+        common.print_json(data)
         return
     width = max(len(key) for key in data)
     for key, value in data.items():

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
-
 import click
 
+from podtree.cli import common
 from podtree.errors import UsageError
 from podtree.pool.pool import Pool
 
@@ -14,7 +13,7 @@ from podtree.pool.pool import Pool
 @click.argument("words", nargs=-1, metavar="[REF NAME]")
 @click.option("-d", "--delete", is_flag=True, help="Delete the tags of the given names; checkpoints stay.")
 @click.option("-f", "--force", is_flag=True, help="Move the tag if it exists.")
-@click.option("--json", "as_json", is_flag=True, help="Print the tags as a list of objects.")
+@common.json_flag("Print the tags as a list of objects.")
 def command(words: tuple[str, ...], delete: bool, force: bool, as_json: bool) -> None:
     """Give the checkpoint REF the name NAME, which keeps it from gc. Without words: list the tags."""
     with Pool.open() as pool:
@@ -37,9 +36,7 @@ def command(words: tuple[str, ...], delete: bool, force: bool, as_json: bool) ->
 def _print(pool: Pool, as_json: bool) -> None:
     tags = {name: pool.checkpoint(checkpoint) for name, checkpoint in pool.tags().items()}
     if as_json:
-        click.echo(
-            json.dumps([{"name": name, "id": record.id, "ref": record.ref} for name, record in tags.items()])
-        )
+        common.print_json([{"name": name, "id": record.id, "ref": record.ref} for name, record in tags.items()])
         return
     for name, record in tags.items():
         click.echo(f"{name}  {record.id}  {record.ref}")

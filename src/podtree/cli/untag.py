@@ -1,22 +1,21 @@
-"""podtree untag: remove names of checkpoints."""
+"""podtree untag."""
 
 from __future__ import annotations
 
 import click
 
 from podtree.cli import common
-from podtree.pool.pool import Pool
 
 
 @click.command("untag")
+@common.json_flag("Print a list of objects.")
 @click.argument("names", nargs=-1, required=True, metavar="NAME...")
-@common.json_option
-def command(names: tuple[str, ...], as_json: bool) -> None:
-    """Remove tags. Their checkpoints stay, until nothing else needs them."""
-    with Pool.open() as pool:
-        for name in dict.fromkeys(names):
+def command(as_json: bool, names: tuple[str, ...]) -> None:
+    """Remove names of checkpoints; the checkpoints stay until gc finds that nothing else needs them."""
+    with common.open_pool() as pool:
+
+        def remove(name: str) -> dict[str, object]:
             pool.untag(name)
-            if not as_json:
-                click.echo(name)
-    if as_json:
-        common.print_json([{"name": name} for name in dict.fromkeys(names)])
+            return {"name": name}
+
+        common.for_each(names, as_json, remove, shown="name")

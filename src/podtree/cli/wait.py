@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from podtree.cli import common
@@ -14,10 +16,9 @@ from podtree.pod import control
 def command(as_json: bool, refs: tuple[str, ...]) -> None:
     """Wait for pods to end, and print their exit codes; 128 + n when signal n ended it."""
     pool = common.open_pool()
-    for ref in refs:
+
+    def wait(ref: str) -> dict[str, Any]:
         pod = pool.pod(ref)
-        code = control.wait(pool, pod)
-        if as_json:
-            common.print_json({"pod": pod.name, "id": pod.id, "exit_code": code})
-        else:
-            click.echo(code)
+        return {"pod": pod.name, "id": pod.id, "exit_code": control.wait(pool, pod)}
+
+    common.for_each(refs, as_json, wait, shown="exit_code")

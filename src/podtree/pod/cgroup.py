@@ -76,6 +76,12 @@ class Cgroup(msgspec.Struct, frozen=True):
                 with contextlib.suppress(FileNotFoundError):
                     _write(Path(path) / file, word)
 
+    def limit_tasks(self, pids: int | None) -> None:
+        """Set the limit on tasks; None lifts it. Those that are there already stay, however many."""
+        for path in self.dirs:
+            with contextlib.suppress(FileNotFoundError):  # another controller's hierarchy
+                _write(Path(path) / "pids.max", "max" if pids is None else str(pids))
+
     def remove(self, timeout_s: float = 2.0) -> None:
         """Remove the groups once their processes are gone; what can't be removed in time is left."""
         deadline = time.monotonic() + timeout_s
@@ -95,7 +101,8 @@ class Cgroup(msgspec.Struct, frozen=True):
 
 
 def create(pod_id: str, spec: PodSpec) -> Cgroup:
-    """Make the groups of a pod with the limits of `spec`.
+    """Make the groups of a pod with the limits of `spec`, but for that on tasks: who builds the pod counts, too.
+    It is set by limit_tasks, when they are gone.
 
     Raises Unsupported for a limit whose controller the machine lacks.
     """
@@ -140,8 +147,6 @@ def _create_v1(hierarchies: dict[str, Path], pod_id: str, spec: PodSpec) -> Cgro
         elif controller == "cpu" and spec.cpus is not None:
             _write(path / "cpu.cfs_period_us", str(_CPU_PERIOD_US))
             Cgroup((str(path),)).limit_cpus(spec.cpus)
-        elif controller == "pids" and spec.pids is not None:
-            _write(path / "pids.max", str(spec.pids))
     return Cgroup(tuple(dirs))
 
 
@@ -153,7 +158,7 @@ def _create_v2(root: Path, pod_id: str, spec: PodSpec) -> Cgroup:
     limits = {
         "memory": ("memory.max", None if spec.memory is None else str(spec.memory)),
         "cpu": ("cpu.max", quota),
-        "pids": ("pids.max", None if spec.pids is None else str(spec.pids)),
+        "pids": ("pids.max", None if spec.pids is None else "max"),
     }
     for controller, (file, value) in limits.items():
         if value is None:

@@ -23,7 +23,7 @@ def snapshot(pool: Pool, checkpoint: CheckpointId) -> Snapshot:
     """The directories of a checkpoint; what lay below its volume is in its manifest."""
     directory = Path(pool.checkpoint_dir(checkpoint))
     here = Snapshot(directory / "img", directory / "vol", Path("/"))
-    spec = msgspec.json.decode(here.manifest().spec, type=PodSpec)
+    spec = PodSpec.from_json(here.manifest().spec)
     return Snapshot(here.img, here.vol, Path(spec.rootfs or "/"))
 
 

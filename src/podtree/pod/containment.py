@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from podtree.errors import Damaged, PodtreeError
+from podtree.errors import Damaged, PodtreeError, UsageError
 from podtree.kernel import mount
 from podtree.kernel.mount import MountAttr, Resolve
 from podtree.pod.dirs import PodDirs
@@ -123,7 +123,10 @@ class Bind:
         if self.volume.read_only:
             attrs |= MountAttr.RDONLY
         mount.set_attributes(tree, attrs, recursive=True)
-        _attach_on(tree, root, self.volume.target, directory=stat.S_ISDIR(os.fstat(tree).st_mode))
+        try:
+            _attach_on(tree, root, self.volume.target, directory=stat.S_ISDIR(os.fstat(tree).st_mode))
+        except PodtreeError as error:
+            raise UsageError(f"-v {self.volume.source}:{self.volume.target}: {error.message}") from error
         if self.home.is_relative_to(self.volume.source):
             within = self.home.relative_to(self.volume.source)
             Mask(os.path.join(self.volume.target, within), symlinks=True).execute(root)
@@ -242,7 +245,8 @@ def outer_plan(spec: PodSpec, dirs: PodDirs) -> list[Step]:
         Mask(f"/{HIDDEN}"),
     ]  # fmt: skip
     steps += [Mask(path) for path in (*_MASKED_SYS, *sorted(glob.glob(_MASKED_CPU)))]
-    steps += [Bind(volume, dirs.home) for volume in spec.volumes]
+    # One below another comes after it, in whatever order they were given.
+    steps += [Bind(volume, dirs.home) for volume in sorted(spec.volumes, key=lambda volume: volume.target.count("/"))]
     return steps
 
 
@@ -363,12 +367,19 @@ def _is_pool(path: Path) -> bool:
         return False
 
 
-def write_hosts(hostname: str) -> None:
-    """Give a new pod, from inside, an /etc/hosts that knows its name. Does nothing where /etc is missing."""
-    with contextlib.suppress(OSError):
-        fd = os.open("/etc/hosts", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
-        with open(fd, "w", encoding="ascii") as file:
-            file.write(f"127.0.0.1\tlocalhost {hostname}\n::1\tlocalhost ip6-localhost ip6-loopback\n")
+def write_names(root: int, hostname: str) -> None:
+    """Give a new pod an /etc/hosts and an /etc/hostname that know its name.
+
+    `root` is the overlay without what is mounted on it: what -v shows there is the host's, and stays as it is.
+    """
+    hosts = f"127.0.0.1\tlocalhost {hostname}\n::1\tlocalhost ip6-localhost ip6-loopback\n"
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK
+    for path, text in (("/etc/hosts", hosts), ("/etc/hostname", f"{hostname}\n")):
+        with contextlib.suppress(OSError, PodtreeError):  # no /etc, or something strange in its place
+            os.close(make_in(root, "/etc", directory=True, symlinks=False))
+            fd = open_in(root, path, flags, symlinks=False, mode=0o644)
+            with open(fd, "w", encoding="ascii") as file:
+                file.write(text)
 
 
 def _attach_on(

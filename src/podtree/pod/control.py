@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from podtree.errors import Conflict, PodtreeError, Problem
+from podtree.errors import Conflict, PodtreeError, Problem, UsageError, as_text
 from podtree.pod import keeper, nursery, wire
 from podtree.pod import spec as specs
 from podtree.pod.dirs import PodDirs
@@ -25,6 +25,7 @@ from podtree.pod.spec import PodSpec, StdioMode
 from podtree.pool.pool import Pool
 from podtree.pool.records import CheckpointRecord, PodRecord
 
+_ATTEMPTS = 100  # others may be quicker with the same invented name
 _HELPERS = 3  # running pods whose keepers are asked to fork another
 
 
@@ -218,11 +219,27 @@ def start_or_remove(
         raise
 
 
+def create(pool: Pool, name: str | None, spec: PodSpec) -> PodRecord:
+    """A pod that doesn't run yet. Without a host name in the spec, that is its name.
+
+    Raises UsageError for a spec that makes no sense, Conflict when the name is taken.
+    """
+    for _ in range(_ATTEMPTS):
+        chosen = pool.free_name() if name is None else name
+        whole = spec if spec.hostname else msgspec.structs.replace(spec, hostname=specs.as_hostname(chosen))
+        try:
+            return pool.create_pod(chosen, specs.check(whole).to_dict())
+        except Conflict:
+            if name is not None:
+                raise
+    raise Conflict("no free name for the pod was found", "podtree run --name")
+
+
 def run(
     pool: Pool, name: str | None, spec: PodSpec, *, size: tuple[int, int] | None = None, spawn: bool = False
 ) -> dict[str, Any]:
     """A new pod in the background: {pod, id, pid, ready_ms}."""
-    pod = pool.create_pod(name, specs.check(spec).to_dict())
+    pod = create(pool, name, spec)
     client, result = start_or_remove(pool, pod, size=size, spawn=spawn)
     client.close()
     return result
@@ -265,6 +282,8 @@ def checkpoint(
     pool: Pool, pod: PodRecord, *, message: str = "", stop: bool = False, tag: str | None = None
 ) -> dict[str, Any]:
     """Save a running pod: {id, pod, number, pause_ms, total_ms, bytes_written, processes}."""
+    if as_text(message) != message:
+        raise UsageError(f"the message is not valid UTF-8: {message}")
     if tag is not None:
         from podtree.pool import refs
 
@@ -316,14 +335,14 @@ def rewind(pool: Pool, pod: PodRecord, checkpoint: CheckpointRecord, *, spawn: b
     return {**result, "ready_ms": round((time.monotonic() - begun) * 1e3, 3)}
 
 
-def stop(pool: Pool, pod: PodRecord, timeout_s: float = 10) -> int:
-    """SIGTERM to the pod's first process, SIGKILL after `timeout_s`; the exit code."""
-    return int(call(pool, pod, "stop", timeout=timeout_s)["code"])
+def stop(pool: Pool, pod: PodRecord, timeout_s: float | None = 10, number: int = signal.SIGTERM) -> int:
+    """A signal to the pod's first process, SIGKILL after `timeout_s` (None: never); the exit code."""
+    return int(call(pool, pod, "stop", timeout=timeout_s, signal=int(number))["code"])
 
 
 def end_pod(pool: Pool, pod: PodRecord) -> int:
     """End a pod at once; the exit code, when it has ended."""
-    return stop(pool, pod, 0)
+    return stop(pool, pod, None, signal.SIGKILL)
 
 
 def send_signal(pool: Pool, pod: PodRecord, number: int) -> None:
@@ -351,12 +370,10 @@ def exit_code(pool: Pool, pod: PodRecord) -> int:
 
 def parse_signal(text: str) -> int:
     """"TERM", "SIGTERM" or "15"."""
-    from podtree.errors import UsageError
-
-    if text.isdigit() and 0 < int(text) < signal.NSIG:
+    if text.isascii() and text.isdigit() and 0 < int(text) < signal.NSIG:
         return int(text)
     name = text.upper()
     try:
         return signal.Signals[name if name.startswith("SIG") else f"SIG{name}"].value
     except KeyError:
-        raise UsageError(f"there is no signal {text!r}") from None
+        raise UsageError(f"there is no signal {text!r}", "a name or a number, as kill -l lists them") from None

@@ -40,6 +40,7 @@ class Entered:
 
     session: ExecSession
     ends: StdioEnds
+    command: str
     report_r: int  # wire.parse_report: readable once it is known whether the program could be executed
 
 
@@ -62,7 +63,7 @@ def enter(
     ours.close()
     os.waitpid(pid, 0)
     if message is None:
-        failure = wire.parse_report(_read_all(report_r))
+        failure = wire.parse_report(_read_all(report_r), spec.argv[0])
         os.close(report_r)
         raise failure or LaunchFailed("the pod ended while it was being entered")
     ends = msgspec.convert(message["ends"], StdioEnds)
@@ -71,7 +72,7 @@ def enter(
     elif ends.mode == "pipes":
         ends.pipes = (fds[0], fds[1], fds[2])
     child = int(message["pid"])
-    return Entered(ExecSession(name, child, pidfd_open(child)), ends, report_r)
+    return Entered(ExecSession(name, child, pidfd_open(child)), ends, spec.argv[0], report_r)
 
 
 def _read_all(fd: int) -> bytes:
@@ -95,23 +96,32 @@ def _helper_main(
         prctl(Prctl.SET_PDEATHSIG, signal.SIGKILL)
         wire.isolate_child(keep)
         wire.leave_keyring()
-        for fd in procs:
-            os.write(fd, b"0")
-            os.close(fd)
         setns(init_pidfd, _POD)
         os.close(init_pidfd)
         stdio, ends = _make_stdio(spec, size)
+        joined_r, joined_w = os.pipe2(os.O_CLOEXEC)
         pid = clone_python(Clone.PARENT)
         if pid == 0:
             channel.close()
             for fd in ends.fds():
                 os.close(fd)
+            _join(procs)
+            os.close(joined_w)
             become(spec, stdio, report_w, hop_fd, program)
+        os.close(joined_w)
+        os.read(joined_r, 1)  # until then a checkpoint wouldn't see it
         wire.send(channel, {"pid": pid, "ends": msgspec.to_builtins(ends)}, ends.fds())
     except BaseException as error:
         wire.report_failure(report_w, error)
         os._exit(1)
     os._exit(0)
+
+
+def _join(procs: list[int]) -> None:
+    """Enter the pod's groups. That is never refused: a pod that has all tasks it may have can be looked into, too."""
+    for fd in procs:
+        os.write(fd, b"0")
+        os.close(fd)
 
 
 def _make_stdio(spec: PodSpec, size: tuple[int, int] | None) -> tuple[PodStdio, StdioEnds]:

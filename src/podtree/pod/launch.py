@@ -134,11 +134,13 @@ def launch(
     as_init: AsInit,
     *,
     inherit: Sequence[int] = (),
+    built: Callable[[], None] | None = None,
 ) -> Launched:
     """Start a pod; returns once its first process has executed its program.
 
     `inherit`: descriptors that builder and first process get at their own numbers, close-on-exec or not as
     they are; all others of the caller are closed there. `in_builder` returns something msgpack can carry.
+    `built` is called when the builder is gone and the first process has not gone on yet.
     The first process is a child of the caller, who owns everything in the result.
     Raises LaunchFailed, or whatever PodtreeError the builder or `as_init` met; then nothing is left running
     (the cgroup stays: the caller made it).
@@ -146,22 +148,32 @@ def launch(
     ours, theirs = socket.socketpair()
     report_r, report_w = os.pipe2(os.O_CLOEXEC)
     log = _open_log(dirs)
+    go_r, go_w = os.pipe2(os.O_CLOEXEC)
     pid = os.fork()
     if pid == 0:
         builder = Builder(spec, dirs, cgroup, log, -1, report_w)
-        _builder_main(builder, theirs, clock, in_builder, as_init, inherit)
+        _builder_main(builder, theirs, go_r, clock, in_builder, as_init, inherit)
     theirs.close()
-    os.close(report_w)
-    os.close(log)
+    for fd in (report_w, go_r, log):
+        os.close(fd)
     try:
         with contextlib.suppress(ProcessLookupError, BrokenPipeError):  # the builder has failed: it says why
             cgroup.add(pid)  # the kernel takes its time for this; the builder makes namespaces meanwhile
             wire.send(ours, "joined")
-        return _receive(ours, report_r, pid, cgroup)
+
+        def let_go() -> None:
+            if built is not None:
+                os.waitpid(pid, 0)
+                built()
+            os.write(go_w, b"g")
+
+        return _receive(ours, report_r, pid, spec, cgroup, let_go)
     finally:
         ours.close()
         os.close(report_r)
-        os.waitpid(pid, 0)
+        os.close(go_w)
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(pid, 0)
 
 
 def _open_log(dirs: PodDirs) -> int:
@@ -175,7 +187,14 @@ def _open_log(dirs: PodDirs) -> int:
         os.close(vol)
 
 
-def _receive(channel: socket.socket, report_r: int, builder_pid: int, cgroup: Cgroup) -> Launched:
+def _receive(
+    channel: socket.socket,
+    report_r: int,
+    builder_pid: int,
+    spec: PodSpec,
+    cgroup: Cgroup,
+    let_go: Callable[[], None],
+) -> Launched:
     """Take over what the builder made: one message with descriptors, then the outcome of the execve."""
     builder = pidfd_open(builder_pid)
     first, _ = _next_message(channel, builder)
@@ -185,7 +204,9 @@ def _receive(channel: socket.socket, report_r: int, builder_pid: int, cgroup: Cg
     if message is None and init_pid:
         with contextlib.suppress(ProcessLookupError):
             os.kill(init_pid, signal.SIGKILL)  # it would wait for the builder for ever
-    failure = wire.read_report(report_r)
+    if message is not None:
+        let_go()
+    failure = wire.read_report(report_r, spec.argv[0])
     if message is None or failure is not None:
         for fd in fds:
             os.close(fd)
@@ -193,7 +214,8 @@ def _receive(channel: socket.socket, report_r: int, builder_pid: int, cgroup: Cg
             with contextlib.suppress(ProcessLookupError):
                 os.kill(init_pid, signal.SIGKILL)
             os.waitpid(init_pid, 0)
-        raise failure or LaunchFailed("the process that builds the pod ended without a word")
+        hint = "its limit on memory may be too small for that" if spec.memory is not None else ""
+        raise failure or LaunchFailed("the process that builds the pod ended without a word", hint)
     taken = iter(fds)
     root_fd = next(taken)
     stdio = {name: _take_ends(ends, taken) for name, ends in message["stdio"].items()}
@@ -204,9 +226,8 @@ def _receive(channel: socket.socket, report_r: int, builder_pid: int, cgroup: Cg
 def _next_message(channel: socket.socket, builder: int) -> tuple[Any, list[int]]:
     """The builder's next message, (None, []) if it failed or is gone; the first process may hold the channel too."""
     readable, _, _ = select.select([channel.fileno(), builder], [], [])
-    if channel.fileno() in readable:
-        with contextlib.suppress(ConnectionResetError):  # it failed with our own message still unread
-            return wire.receive(channel)
+    with contextlib.suppress(ConnectionResetError):  # it failed before it read that it is in its groups
+        return wire.receive(channel) if channel.fileno() in readable else (None, [])
     return None, []
 
 
@@ -222,6 +243,7 @@ def _take_ends(data: dict[str, Any], taken: Any) -> StdioEnds:
 def _builder_main(
     builder: Builder,
     channel: socket.socket,
+    go_r: int,
     clock: ClockOffsets,
     in_builder: InBuilder,
     as_init: AsInit,
@@ -230,12 +252,11 @@ def _builder_main(
     """The builder, from fork to its end; every error goes to the supervisor."""
     try:
         prctl(Prctl.SET_PDEATHSIG, signal.SIGKILL)  # not inherited by the first process: prctl(2)
-        wire.isolate_child([channel.fileno(), builder.log_fd, builder.report_fd, *inherit])
+        wire.isolate_child([channel.fileno(), go_r, builder.log_fd, builder.report_fd, *inherit])
         _make_world(builder, clock)
         _enter_cgroup_namespace(channel)
         builder.make_stdio(INIT, builder.spec.stdio)
         _show_console(builder)
-        go_r, go_w = os.pipe2(os.O_CLOEXEC)
         gc.disable()  # the descriptor table is shared from here on: a collection must not close anything
         pid = clone_python(Clone.PARENT | Clone.FILES)
         if pid == 0:
@@ -247,7 +268,6 @@ def _builder_main(
         message = {"stdio": stdio, "result": result, "given": len(builder.given)}
         ends = [fd for e in builder.ends.values() for fd in e.fds()]
         wire.send(channel, message, [builder.root_fd, *ends, *builder.given])
-        os.write(go_w, b"g")
     except BaseException as error:
         wire.report_failure(builder.report_fd, error)
         with contextlib.suppress(OSError):
@@ -310,7 +330,8 @@ def _init_main(builder: Builder, as_init: AsInit, go_r: int) -> NoReturn:
     descriptors, so that it has all that the builder makes; its execve ends the sharing.
     """
     try:
-        os.read(go_r, 1)
+        if not os.read(go_r, 1):  # the supervisor is gone
+            os._exit(126)
         # The supervisor's ends would keep the stdio from ever reaching end of file.
         for fd in [fd for ends in builder.ends.values() for fd in ends.fds()]:
             os.close(fd)

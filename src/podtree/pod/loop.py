@@ -19,6 +19,7 @@ import msgspec
 
 Callback = Callable[[], object]
 _LONGEST_FRAME = 64 << 20
+_LONGEST_WAIT_S = 1e6  # epoll_wait(2) counts milliseconds in an int
 HIGH_WATER = 1 << 20  # bytes that wait for a slow reader before its writer is paused
 
 
@@ -79,7 +80,7 @@ class Loop:
     def step(self, longest: float | None) -> None:
         """Wait for something, at most `longest` seconds, and handle what is ready."""
         if self._timers:
-            until = max(0.0, self._timers[0][0] - time.monotonic())
+            until = min(max(0.0, self._timers[0][0] - time.monotonic()), _LONGEST_WAIT_S)
             longest = until if longest is None else min(longest, until)
         for key, events in self._selector.select(longest):
             for event in (selectors.EVENT_READ, selectors.EVENT_WRITE):

@@ -20,7 +20,7 @@ from podtree.pod.launch import Builder, PodStdio, launch, raise_fd
 from podtree.pod.live import INIT, ClockOffsets, Launched
 from podtree.pod.spec import DEFAULT_PATH, PodSpec
 from podtree.pod.users import Identity
-from podtree.pod.wire import ExecFailed, exec_exit_code, report_failure
+from podtree.pod.wire import ExecFailed, exec_failed, report_failure
 
 
 def launch_program(
@@ -38,47 +38,59 @@ def launch_program(
     """
 
     def in_builder(builder: Builder) -> None:
-        containment.write_hosts(spec.hostname)
+        containment.write_names(builder.root_fd, spec.hostname)
         console = builder.ends[INIT].console
         if console is not None and size:
             tty.set_size(console, *size)
 
     def as_init(builder: Builder) -> NoReturn:
-        become(spec, builder.stdio[INIT], builder.report_fd, hop_fd, program)
+        become(spec, builder.stdio[INIT], builder.report_fd, hop_fd, program, make_cwd=True)
 
-    return launch(spec, dirs, cgroup, ClockOffsets(), in_builder, as_init, inherit=[hop_fd])
+    def limit() -> None:
+        cgroup.limit_tasks(spec.pids)
+
+    return launch(
+        spec, dirs, cgroup, ClockOffsets(), in_builder, as_init, inherit=[hop_fd],
+        built=None if spec.pids is None else limit,
+    )  # fmt: skip
 
 
-def become(spec: PodSpec, stdio: PodStdio, report_fd: int, hop_fd: int, filter_program: bytes) -> NoReturn:
-    """Turn into the program of `spec`, or report why not and exit.
+def become(
+    spec: PodSpec, stdio: PodStdio, report_fd: int, hop_fd: int, filter_program: bytes, *, make_cwd: bool = False
+) -> NoReturn:
+    """Turn into the program of `spec`, or report why not and exit. `make_cwd`: its directory is made if missing.
 
     Needs the supervisor's privileges; / and all namespaces are the pod's already.
     """
+    code = 126
     try:
         os.setsid()
         _arrange(stdio, report_fd, hop_fd)
         report_fd = hop.REPORT_FD
         if stdio.mode == "tty":
             tty.make_controlling(0)
-        _execute(spec, stdio, filter_program)
+        _execute(spec, stdio, filter_program, make_cwd)
     except BaseException as error:
-        report_failure(report_fd, _explain(error, spec.argv[0]))
-    os._exit(126)
+        failure = _explain(error, spec.argv[0])
+        code = failure.exit_code
+        report_failure(report_fd, failure)
+    os._exit(code)
 
 
-def _execute(spec: PodSpec, stdio: PodStdio, filter_program: bytes) -> NoReturn:
+def _execute(spec: PodSpec, stdio: PodStdio, filter_program: bytes, make_cwd: bool) -> NoReturn:
     with privileges.limited():
         identity = users.resolve(spec.user)
     env = {"HOME": identity.home, "HOSTNAME": spec.hostname, **spec.env}
     os.umask(0o022)
     _own_stdio(stdio, identity)
     with privileges.limited():
-        _make_directory(spec.cwd)
+        if make_cwd:
+            _make_directory(spec.cwd)
     privileges.drop(identity, filter_program)
     try:
         os.chdir(spec.cwd)
     except OSError as error:
-        raise ExecFailed(f"working directory {spec.cwd}: {error.strerror}") from error
+        raise ExecFailed(f"working directory {spec.cwd}: {error.strerror}", "--workdir names another") from error
     path = find_program(spec.argv[0], env.get("PATH", DEFAULT_PATH))
     os.execve(hop.REPORT_FD + 1, [path, *spec.argv], env)
 
@@ -121,7 +133,7 @@ def find_program(name: str, search: str) -> str:
             return path
         denied = True
     if denied:
-        raise ExecFailed(f"{name}: permission denied")
+        raise ExecFailed(f"{name}: permission denied", f"found, but not to be executed, in PATH {search}")
     raise ExecFailed(f"{name}: no such program in the pod", f"PATH is {search}", code=127)
 
 
@@ -130,6 +142,5 @@ def _explain(error: BaseException, command: str) -> PodtreeError:
     if isinstance(error, PodtreeError):
         return error
     if isinstance(error, OSError):
-        code = exec_exit_code(error.errno or 0)
-        return ExecFailed(f"{command}: {error.strerror or error}", code=code)
+        return exec_failed(command, error.errno or 0)
     return ExecFailed(f"{command}: {error}")

@@ -1,18 +1,19 @@
 """What a pod is to be: everything that `run` was asked for, as data that is kept with the pod.
 
-A branch runs by the spec of the pod that its checkpoint was taken of.
+A branch runs by the spec of the pod that its checkpoint was taken of. Arguments, variables and paths are
+bytes: those that are no UTF-8 are surrogates here (PEP 383), and escaped where the spec is stored or sent.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any, Literal
 
 import msgspec
 
-from podtree.errors import UsageError
+from podtree.errors import UsageError, as_text
 
 #: How a process tree's first process is connected: to a pty, to three pipes whose other ends the supervisor
 #: holds, straight to the log file (stdin /dev/null), or to /dev/null.
@@ -22,6 +23,8 @@ DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 DEFAULT_DETACH_KEYS = "ctrl-p,ctrl-q"
 HOST_ENVIRONMENT = ("PATH", "LANG", "LANGUAGE", "LC_ALL", "LC_CTYPE", "TZ")
 _RESERVED_TARGETS = ("/proc", "/sys", "/dev", "/.podtree")
+LEAST_MEMORY = 6 << 20  # bytes; the first process is a fork of the supervisor before it executes its program
+_PID_MAX_LIMIT = 1 << 22  # proc_sys_kernel(5)
 _UNITS = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 
@@ -39,7 +42,7 @@ class PodSpec(msgspec.Struct, frozen=True, kw_only=True):
     argv: tuple[str, ...]
     env: dict[str, str] = msgspec.field(default_factory=dict)
     cwd: str = "/"
-    hostname: str = "pod"
+    hostname: str = "pod"  # "" until the pod has a name, which then is it
     user: str = ""  # "", "name", "uid", "name:group", "uid:gid": looked up in the pod's own files
     stdio: StdioMode = "log"
     interactive: bool = False  # keep stdin open while nobody is attached
@@ -52,36 +55,71 @@ class PodSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data, as the pool stores it."""
-        result: dict[str, Any] = msgspec.to_builtins(self)
+        result: dict[str, Any] = _each_text(msgspec.to_builtins(self), _escape)
         return result
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> PodSpec:
         """The reverse of to_dict; raises msgspec.ValidationError."""
-        return msgspec.convert(data, PodSpec)
+        return msgspec.convert(_each_text(data, _unescape), PodSpec)
+
+    def to_json(self) -> bytes:
+        """to_dict as JSON."""
+        return msgspec.json.encode(self.to_dict())
+
+    @staticmethod
+    def from_json(data: bytes) -> PodSpec:
+        """The reverse of to_json; raises msgspec.DecodeError."""
+        return PodSpec.from_dict(msgspec.json.decode(data, type=dict[str, Any]))
+
+
+def _each_text(value: Any, change: Callable[[str], str]) -> Any:
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, dict):
+        return {change(name): _each_text(entry, change) for name, entry in value.items()}
+    return [_each_text(entry, change) for entry in value] if isinstance(value, (list, tuple)) else value
+
+
+def _escape(text: str) -> str:
+    """Bytes that are no UTF-8 (as surrogates, PEP 383) as NUL and two digits: no argument holds a NUL."""
+    return re.sub("[\udc80-\udcff]", lambda found: f"\0{ord(found[0]) - 0xDC00:02x}", text)
+
+
+def _unescape(text: str) -> str:
+    return re.sub("\0([89a-f][0-9a-f])", lambda found: chr(0xDC00 + int(found[1], 16)), text)
 
 
 def check(spec: PodSpec) -> PodSpec:
     """Raise UsageError for what can be known to be wrong before anything is started."""
     if not spec.argv or not spec.argv[0]:
-        raise UsageError("no command given", "podtree run [OPTIONS] -- COMMAND [ARGUMENT]...")
-    for text in (*spec.argv, *spec.env, *spec.env.values(), spec.cwd):
+        raise UsageError("no command given", "it goes behind the options: -- COMMAND [ARGUMENT]...")
+    volumes = [text for volume in spec.volumes for text in (volume.source, volume.target)]
+    for text in (*spec.argv, *spec.env, *spec.env.values(), spec.cwd, spec.user, *volumes):
         if "\0" in text:
             raise UsageError("an argument or variable has a NUL byte")
         try:
-            text.encode()
+            text.encode(errors="surrogateescape")
         except UnicodeEncodeError:
-            raise UsageError(f"not valid UTF-8: {text!r}") from None
-    if not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,62}[A-Za-z0-9])?", spec.hostname):
-        raise UsageError(f"not a host name: {spec.hostname!r}")
+            raise UsageError(f"not text, nor bytes: {text!r}") from None
+    if spec.user != as_text(spec.user):
+        raise UsageError(f"--user {spec.user}: not valid UTF-8")
+    if not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?", spec.hostname):
+        raise UsageError(
+            f"--hostname {spec.hostname}: not a host name", "up to 63 letters, digits, '-', '.', '_' inside"
+        )
     if not spec.cwd.startswith("/"):
-        raise UsageError(f"the working directory must be absolute: {spec.cwd!r}")
-    if spec.memory is not None and spec.memory < 1 << 20:
-        raise UsageError("--memory: at least 1m")
+        raise UsageError(f"--workdir {spec.cwd}: the working directory must be absolute", "as in --workdir /srv")
+    if spec.memory is not None and spec.memory < LEAST_MEMORY:
+        raise UsageError(f"--memory: at least {LEAST_MEMORY >> 20}m", "the process that starts the command needs it")
     if spec.cpus is not None and not 0.01 <= spec.cpus <= 4096:
-        raise UsageError("--cpus: at least 0.01")
-    if spec.pids is not None and spec.pids < 1:
-        raise UsageError("--pids: at least 1")
+        raise UsageError("--cpus: from 0.01 to 4096")
+    if spec.pids is not None and not 1 <= spec.pids <= _PID_MAX_LIMIT:
+        raise UsageError(f"--pids: from 1 to {_PID_MAX_LIMIT}")
+    targets = [volume.target for volume in spec.volumes]
+    for target in targets:
+        if targets.count(target) > 1:
+            raise UsageError(f"-v: {target} is given more than once")
     return spec
 
 
@@ -94,22 +132,49 @@ def parse_volume(text: str) -> Volume:
     """SRC:DST[:ro|rw]; a relative SRC is one of the current directory."""
     parts = text.split(":")
     if len(parts) not in (2, 3) or (len(parts) == 3 and parts[2] not in ("ro", "rw")):
-        raise UsageError(f"-v {text}: not SRC:DST or SRC:DST:ro")
-    source, target = Path(parts[0]), os.path.normpath(parts[1])
+        raise UsageError(f"-v {text}: not SRC:DST or SRC:DST:ro", "as in -v /srv/data:/data:ro")
+    if not parts[0]:
+        raise UsageError(f"-v {text}: no directory or file before the colon", "-v SRC:DST")
+    source, target = absolute(parts[0], f"-v {text}"), _normal(parts[1])
     if not parts[1].startswith("/") or target == "/":
         raise UsageError(f"-v {text}: the target must be an absolute path below /")
     if any(target == p or target.startswith(p + "/") for p in _RESERVED_TARGETS):
         raise UsageError(f"-v {text}: {target} belongs to the pod itself")
-    if not source.exists():
-        raise UsageError(f"-v {text}: {source} does not exist")
-    return Volume(str(source.resolve()), target, len(parts) == 3 and parts[2] == "ro")
+    if not os.path.exists(source):
+        raise UsageError(f"-v {text}: {parts[0]} does not exist", "make it first")
+    return Volume(os.path.realpath(source), target, len(parts) == 3 and parts[2] == "ro")
+
+
+def _normal(path: str) -> str:
+    """Without `..` and the like; normpath leaves two slashes at the beginning."""
+    return re.sub("^//+", "/", os.path.normpath(path))
+
+
+def working_directory(wanted: str | None, *, host_root: bool) -> str:
+    """Where the command starts: over the host's files a path is as it is for the caller, in another root from /."""
+    if not host_root:
+        return _normal(os.path.join("/", wanted or ""))
+    if wanted:
+        return absolute(wanted, f"--workdir {wanted}")
+    try:
+        return os.getcwd()
+    except FileNotFoundError:  # deleted
+        return "/"
+
+
+def absolute(path: str, option: str) -> str:
+    """A path of the caller's. Raises UsageError for a relative one in a directory that has been deleted."""
+    try:
+        return os.path.abspath(path)
+    except FileNotFoundError:
+        raise UsageError(f"{option}: the current directory doesn't exist any more", "cd to another") from None
 
 
 def parse_size(text: str) -> int:
     """"512m" -> bytes."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([bkmgt]?)(?:i?b)?", text.strip().lower())
     if not match:
-        raise UsageError(f"not a size: {text!r}", "for example 512m or 2g")
+        raise UsageError(f"--memory {text}: not a size", "for example 512m or 2g")
     return int(float(match[1]) * _UNITS[match[2]])
 
 
@@ -132,7 +197,7 @@ def extra_environment(extra: tuple[str, ...]) -> dict[str, str]:
     for item in extra:
         name, equals, value = item.partition("=")
         if not name:
-            raise UsageError(f"-e {item}: no name")
+            raise UsageError(f"-e {item}: no name", "-e NAME=VALUE")
         if equals:
             env[name] = value
         elif name in os.environ:

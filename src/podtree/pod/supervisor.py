@@ -36,7 +36,7 @@ _LINGER_S = 10.0  # how long an attached client may take to fetch the last of th
 _RETRY_S = 3.0
 _END_S = 60.0  # how long the processes of a pod may take to end, once they are killed
 _STRAGGLERS_S = 0.01
-_REPORT_S = 2.0  # how long it may take from entering a pod to execve
+_REPORT_S = 10.0  # from entering a pod to execve; a process of the pod may have got hold of the report pipe
 
 
 class Supervisor:
@@ -379,7 +379,10 @@ class Supervisor:
         return {"stdio": self.spec.stdio}
 
     def _do_signal(self, client: Connection, message: dict[str, Any]) -> dict[str, Any]:
-        pidfd_send_signal(self.running().init_pidfd, int(message["signal"]))
+        try:
+            pidfd_send_signal(self.running().init_pidfd, int(message["signal"]))
+        except ProcessLookupError:
+            raise Conflict(f"pod {self.record.name} has ended") from None
         return {}
 
     def _do_wait(self, client: Connection, message: dict[str, Any]) -> dict[str, Any] | None:
@@ -389,22 +392,29 @@ class Supervisor:
         return None
 
     def _do_stop(self, client: Connection, message: dict[str, Any]) -> None:
-        """SIGTERM, and SIGKILL after `timeout` seconds; the reply comes when the pod has ended."""
+        """A signal, and SIGKILL after `timeout` seconds; the reply comes when the pod has ended."""
         live = self.running()
         self._waiting.append(client)
-        pidfd_send_signal(live.init_pidfd, signal.SIGTERM)
-        pidfd_send_signal(live.init_pidfd, signal.SIGCONT)
+        number, timeout = int(message.get("signal", signal.SIGTERM)), message.get("timeout")
+
+        def send(number: int) -> None:
+            with contextlib.suppress(ProcessLookupError):  # it has just ended by itself
+                pidfd_send_signal(live.init_pidfd, number)
+
+        send(number)
+        if number != signal.SIGKILL:
+            send(signal.SIGCONT)
 
         def kill() -> None:
             if self.live is live:
-                with contextlib.suppress(ProcessLookupError):
-                    pidfd_send_signal(live.init_pidfd, signal.SIGKILL)
+                send(signal.SIGKILL)
 
-        self.loop.later(float(message.get("timeout", 10)), kill)
+        if timeout is not None:
+            self.loop.later(float(timeout), kill)
 
     def _do_exec(self, client: Connection, message: dict[str, Any]) -> None:
         live = self.running()
-        spec = check(msgspec.convert(message["spec"], PodSpec))
+        spec = check(PodSpec.from_dict(message["spec"]))
         self._serial += 1
         size = message.get("size")
         entered = enter(live, f"exec-{self._serial}", spec, self._hop_fd, self._filter, size)
@@ -428,7 +438,7 @@ class Supervisor:
             with contextlib.suppress(BlockingIOError):
                 data = os.read(entered.report_r, 1 << 20)
             os.close(entered.report_r)
-            failure = wire.parse_report(data)
+            failure = wire.parse_report(data, entered.command)
             if self.live is None or self.live.sessions.get(session.name) is not session:
                 failure = failure or Conflict(f"pod {self.record.name} has ended")
                 for fd in entered.ends.fds():

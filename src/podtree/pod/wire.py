@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import select
 import signal
 import socket
 import struct
@@ -25,6 +24,13 @@ from podtree.kernel.sys import NR, syscall
 _FDS_PER_MESSAGE = 200  # unix(7): at most 253
 _LONGEST_REPORT = 1 << 20
 _KEYCTL_JOIN_SESSION_KEYRING = 1  # include/uapi/linux/keyctl.h
+
+
+_EXEC_HINTS = {
+    errno.ENOENT: "it, or the interpreter that its first line names, isn't there in the pod",
+    errno.EACCES: "it isn't executable for the pod's user",
+    errno.ENOEXEC: "neither a program for this machine nor a script that begins with #!; a shell script: sh FILE",
+}
 
 
 class ExecFailed(PodtreeError):
@@ -121,25 +127,18 @@ def report_failure(fd: int, error: BaseException) -> None:
         os.write(fd, b"E" + msgspec.msgpack.encode(encode_error(error)))
 
 
-def read_report(fd: int, timeout_s: float | None = None) -> PodtreeError | None:
-    """Wait for the report pipe's end: None when the program was executed, else what went wrong.
-
-    After `timeout_s` it is taken that the program runs: a program of the pod may have got hold of the pipe.
-    """
+def read_report(fd: int, command: str) -> PodtreeError | None:
+    """Wait for the report pipe's end: None when `command` was executed, else what went wrong."""
     data = bytearray()
-    poll = select.poll()
-    poll.register(fd, select.POLLIN)
     while len(data) < _LONGEST_REPORT:
-        if timeout_s is not None and not poll.poll(timeout_s * 1000):
-            break
         part = os.read(fd, 65536)
         if not part:
             break
         data += part
-    return parse_report(bytes(data))
+    return parse_report(bytes(data), command)
 
 
-def parse_report(data: bytes) -> PodtreeError | None:
+def parse_report(data: bytes, command: str) -> PodtreeError | None:
     """What the report pipe said: an exception, or the last hop's negative errno (podtree.pod.hop)."""
     if not data:
         return None
@@ -149,13 +148,14 @@ def parse_report(data: bytes) -> PodtreeError | None:
     if len(data) == 8:
         code = -int.from_bytes(data, "little", signed=True)
         if code in errno.errorcode:
-            return ExecFailed(f"can't execute the command: {os.strerror(code)}", code=exec_exit_code(code))
+            return exec_failed(command, code)
     return PodtreeError("the pod's first process sent a report that makes no sense")
 
 
-def exec_exit_code(code: int) -> int:
-    """127 for a program that isn't there, 126 for one that can't be executed."""
-    return 127 if code in (errno.ENOENT, errno.ENOTDIR) else 126
+def exec_failed(command: str, code: int) -> ExecFailed:
+    """What execve(2) said of the program; 127 when it isn't there, 126 when it can't be executed."""
+    missing = code in (errno.ENOENT, errno.ENOTDIR)
+    return ExecFailed(f"{command}: {os.strerror(code)}", _EXEC_HINTS.get(code, ""), code=127 if missing else 126)
 
 
 def leave_keyring() -> None:

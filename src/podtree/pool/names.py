@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+from collections.abc import Iterator
+
+_WITHOUT_NUMBER = 30
 
 _HOW = (
     "amber bold brisk calm clear deep early fair fresh gentle green high keen late light lively mild misty "
@@ -20,3 +24,9 @@ def invent() -> str:
     how, trees = _HOW.split(), _TREES.split()
     one, other = os.urandom(2)  # `random` and `secrets` take 10 ms to load
     return f"{how[one % len(how)]}-{trees[other % len(trees)]}"
+
+
+def candidates() -> Iterator[str]:
+    """Names to try until one is free: two words, and when many of those are taken, with a number."""
+    for attempt in itertools.count():
+        yield invent() if attempt < _WITHOUT_NUMBER else f"{invent()}-{attempt}"

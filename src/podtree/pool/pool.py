@@ -210,7 +210,16 @@ class Pool:
 
     def create_pod(self, name: str | None, spec: dict[str, Any]) -> PodRecord:
         """A new pod with an empty volume and image. Raises Conflict when the name is taken, UsageError if bad."""
-        return self._add_pod(name, names.invent, spec, None)
+        invented = names.candidates()
+        return self._add_pod(name, lambda: next(invented), spec, None)
+
+    def free_name(self) -> str:
+        """A name that no pod or tag has now."""
+        for name in names.candidates():
+            with contextlib.suppress(Conflict):
+                self.check_free(name)
+                return name
+        raise AssertionError("candidates() never ends")
 
     def clone_pod(self, ck: CheckpointId, name: str | None) -> PodRecord:
         """A new pod that starts as the checkpoint: writable copies of its volume and image, its pod's spec.
@@ -230,7 +239,7 @@ class Pool:
         self, name: str | None, invent: Callable[[], str], spec: dict[str, Any], source: CheckpointId | None
     ) -> PodRecord:
         if name is not None:
-            self._check_free(refs.check_name(name, "pod"))
+            self.check_free(refs.check_name(name, "pod"))
         self.make_room()
         pod = PodId(new_id())
         directory = None if source is None else self.store.checkpoint_dir(source)
@@ -265,7 +274,8 @@ class Pool:
                 (pod, name, time.time_ns(), source, source, self.store.base_of(pod), "created", _json(spec)),
             )
 
-    def _check_free(self, name: str) -> None:
+    def check_free(self, name: str) -> None:
+        """Raise Conflict when a pod or a tag of that name exists."""
         if self.index.row("SELECT 1 FROM pods WHERE name = ? AND NOT removed", name):
             raise Conflict(f"there is a pod {name} already", f"podtree rm {name}, or take another name")
         if self.index.row("SELECT 1 FROM tags WHERE name = ?", name):
@@ -320,7 +330,7 @@ class Pool:
 
     def rename_pod(self, pod: PodId, name: str) -> PodRecord:
         """Give the pod another name. Raises Conflict when it is taken."""
-        self._check_free(refs.check_name(name, "pod"))
+        self.check_free(refs.check_name(name, "pod"))
         with self.index.transaction() as connection:
             try:
                 connection.execute("UPDATE pods SET name = ? WHERE id = ?", (name, pod))
@@ -491,8 +501,9 @@ class Pool:
 
     def untag(self, name: str) -> None:
         """Take a tag away; the checkpoint stays until a gc, rm or discard finds that nothing needs it."""
+        row = self.index.row("SELECT name FROM tags WHERE name = ?", name)
         with self.index.transaction() as connection:
-            if connection.execute("DELETE FROM tags WHERE name = ?", (name,)).rowcount == 0:
+            if row is None or connection.execute("DELETE FROM tags WHERE name = ?", (name,)).rowcount == 0:
                 raise NotFound(f"there is no tag {name}", "podtree tag lists them")
 
     def children(self, ck: CheckpointId) -> tuple[list[CheckpointRecord], list[PodRecord]]:

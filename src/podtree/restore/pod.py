@@ -129,6 +129,8 @@ def restore_pod(pod_id: str, spec: PodSpec, dirs: PodDirs, cgroup: Cgroup) -> Li
             sessions=roots,
             filling=next(iter(fillings), None),
         )
+        if spec.pids is not None:
+            cgroup.limit_tasks(spec.pids)
         for restorer in restorers:
             restorer.go()
         return live
