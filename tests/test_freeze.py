@@ -1,165 +1,126 @@
-"""Stopping tasks: what a program can't do meanwhile, and what has to be let go of later."""
+"""Stopping and letting go, against processes that are born, killed, stopped and that execute in the same instant.
+
+Without pods: the programs of racing.c are children of the test, which freezes them again and again.
+"""
 
 from __future__ import annotations
 
-import ctypes
-import mmap
+import contextlib
 import os
 import signal
-import struct
-import time
+import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
-from driver import SYSTEM_PYTHON, Podtree, until
+from driver import until
 from podtree.errors import Refused
-from podtree.freeze import SEIZE_OPTIONS, Frozen, Restarts, freeze
-from podtree.kernel import procfs, ptrace
-from podtree.kernel.sys import NR, syscall
-from podtree.pod import seccomp
-from podtree.script.task import Remote
-from podtree.script.vdso import stub_offset
+from podtree.freeze import Freezer
+from podtree.kernel import procfs
 
-GET_KEYRING, SESSION = 0, -3  # keyctl(2), KEYCTL_GET_KEYRING_ID of the session keyring: the pods' filter forbids it
-TRACEME = 0  # ptrace(2)
+pytestmark = pytest.mark.needs("gcc")
+
+FREEZES = 150
 
 
-@contextmanager
-def child(work: Callable[[], object]) -> Iterator[int]:
-    """A process that does `work`, which is killed and reaped, if it is still there, at the end."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            work()
-        finally:
-            os._exit(0)
-    try:
-        yield pid
-    finally:
-        with suppress(ProcessLookupError, ChildProcessError):
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
+class Racer:
+    """A program of racing.c. `rounds`: how many it has finished, one byte of output each."""
+
+    def __init__(self, program: Path, case: str, directory: Path) -> None:
+        self.out = directory / "out"
+        self.errors = directory / "errors"
+        with open(self.out, "wb") as out, open(self.errors, "wb") as errors:
+            self.process = subprocess.Popen([program, case], stdout=out, stderr=errors, start_new_session=True)
+
+    def rounds(self) -> int:
+        assert self.process.poll() is None, self.errors.read_text()
+        return self.out.stat().st_size
+
+    def pids(self) -> list[int]:
+        """The program's process and all below it."""
+        found = [self.process.pid]
+        for pid in found:
+            try:
+                for tid in procfs.threads(pid):
+                    found += [int(p) for p in procfs.read_text(f"/proc/{pid}/task/{tid}/children").split()]
+            except OSError:
+                continue
+        return found
+
+    def states(self) -> str:
+        """For a failure's message: who waits for what."""
+        return subprocess.run(
+            ["ps", "-L", "-o", "pid,ppid,lwp,stat,wchan:24,comm", "-g", str(self.process.pid)],
+            capture_output=True,
+            text=True,
+        ).stdout
+
+    def goes_on(self) -> None:
+        """It finishes another round."""
+        before = self.rounds()
+        until(lambda: self.rounds() > before, "the program goes on", 60, dump=self.states)
 
 
 @pytest.fixture
-def shared() -> Iterator[mmap.mmap]:
-    """Memory for what a child has to tell: numbers of eight bytes."""
-    with mmap.mmap(-1, 4096) as memory:
-        yield memory
+def racer(compiled: Callable[[str], Path], tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Racer]:
+    racer = Racer(compiled("racing"), request.param, tmp_path)
+    yield racer
+    for pid in reversed(racer.pids()):
+        with contextlib.suppress(ProcessLookupError):  # it spawns and ends all the time
+            os.kill(pid, signal.SIGKILL)
+    racer.process.wait()
 
 
-def number(shared: mmap.mmap, index: int) -> int:
-    return int(struct.unpack_from("<Q", shared, index * 8)[0])
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    "racer",
+    [
+        "killed",
+        "ends",
+        "thread_executes",
+        "spawns",
+        "threads_come_and_go",
+        "stopped_and_continued",
+        "ignored_signals",
+        "blocked_within",
+    ],
+    indirect=True,
+)
+def test_nobody_is_lost(racer: Racer) -> None:
+    """Frozen and let go at any instant, it goes on, its children are waited for, and no call fails."""
+    freezer = Freezer(racer.pids)
+    for number in range(FREEZES):
+        freezer.freeze().release()
+        assert not freezer.tend()
+        if number % 10 == 0:
+            racer.goes_on()
+    racer.goes_on()
 
 
-def test_the_filter_holds_until_the_task_has_stopped(tmp_path: Path, shared: mmap.mmap) -> None:
-    """A program that is just being seized must not get one system call past its seccomp filter; scripts may."""
-    program = seccomp.load(tmp_path)
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("racer", ["limits_run_out"], indirect=True)
+def test_timeouts_run_out_between_stops(racer: Racer) -> None:
+    """A call with a timeout that is stopped more often than it lasts ends as it should, neither early nor never."""
+    freezer = Freezer(racer.pids)
+    wanted = racer.rounds() + 6
 
-    def work() -> None:
-        seccomp.install(program)
-        tries = passed = 0
-        while True:
-            tries += 1
-            try:
-                syscall(NR.keyctl, GET_KEYRING, SESSION, 0)
-                passed += 1
-            except OSError:
-                pass
-            struct.pack_into("<QQ", shared, 0, tries, passed)
+    def goes_on() -> bool:
+        freezer.freeze().release()
+        return racer.rounds() >= wanted
 
-    with child(work) as pid:
-        until(lambda: number(shared, 0) > 100, "the child tries")
-        ptrace.seize(pid, SEIZE_OPTIONS)
-        begun = number(shared, 0)
-        until(lambda: number(shared, 0) > begun + 1000, "the child goes on trying")
-        restarts = Restarts()
-        frozen = freeze(lambda: [pid], restarts)  # finds it seized already
-        vdso = next(e for e in procfs.maps(pid) if e.path == "[vdso]")
-        with Remote(pid, vdso.start + stub_offset()) as remote:
-            assert remote.call(NR.keyctl, GET_KEYRING, SESSION & 0xFFFFFFFF, 0) < 1 << 32
-        frozen.release()
-        assert not restarts.stragglers.look(1)
-        begun = number(shared, 0)
-        until(lambda: number(shared, 0) > begun + 1000, "the child goes on trying")
-        assert number(shared, 1) == 0
+    until(goes_on, "the program's calls time out", 60, every=0.001, dump=racer.states)
 
 
-def test_exit_status_of_an_own_child_is_left_to_who_waits(shared: mmap.mmap) -> None:
-    """The supervisor traces the pod's first process and is its parent: the tracer must not take the exit status."""
-
-    def work() -> None:
-        signal.pause()
-
-    with child(work) as pid:
-        restarts = Restarts()
-        frozen = freeze(lambda: [pid], restarts)
-        os.kill(pid, signal.SIGKILL)
-        frozen.release()
-        assert not restarts.stragglers.look(5)
-        assert os.waitpid(pid, 0) == (pid, signal.SIGKILL)
-
-
-def test_one_killed_while_stopped_is_reaped_for_its_parent(shared: mmap.mmap) -> None:
-    """A traced process that ends is shown to its parent only when its tracer has taken notice."""
-
-    def work() -> None:
-        grandchild = os.fork()
-        if grandchild == 0:
-            signal.pause()
-        struct.pack_into("<Q", shared, 0, grandchild)
-        os.waitpid(grandchild, 0)
-        struct.pack_into("<Q", shared, 8, 1)
-        signal.pause()
-
-    with child(work) as pid:
-        until(lambda: number(shared, 0), "the grandchild is there")
-        grandchild = number(shared, 0)
-        restarts = Restarts()
-        frozen = freeze(lambda: [pid, grandchild], restarts)
-        os.kill(grandchild, signal.SIGKILL)
-        frozen.release()
-        assert not restarts.stragglers.look(5)
-        until(lambda: number(shared, 1), "its parent has heard of its end")
-
-
-def test_inside_of_vfork(podtree: Podtree, compiled: Callable[[str], Path]) -> None:
-    """A parent in vfork(2) can't be stopped: that is refused, and neither the pod nor its supervisor hangs."""
-    pod = podtree.run(compiled("vforks"), name="vforks")
-    pod.wait_log("READY")
-    assert "vfork" in podtree("check", pod.name, code=3).out
-    pod.sh("touch /tmp/go")
-    pod.wait_log("parent goes on")  # though it was traced, and stops now
-    podtree("check", pod.name)
-    pod.kill()
-    assert pod.wait() == 137
-
-
-def test_traced_by_its_parent(podtree: Podtree) -> None:
-    """PTRACE_TRACEME makes the pod's supervisor, the parent of its first process, the tracer: refused, harmless."""
-    script = "import ctypes, time; ctypes.CDLL(None).ptrace(0, 0, 0, 0); print('READY', flush=True); time.sleep(1000)"
-    pod = podtree.run(SYSTEM_PYTHON, "-c", script, name="traceme")
-    pod.wait_log("READY")
-    assert "PTRACE_TRACEME" in podtree("check", pod.name, code=3).out
-    podtree("stop", "-t", "1", pod.name)
-    assert pod.info()["exit_code"] == 137
-
-
-def test_who_asked_to_be_traced_is_named() -> None:
-    def work() -> None:
-        ctypes.CDLL(None).ptrace(TRACEME, 0, 0, 0)
-        time.sleep(1000)
-
-    with child(work) as pid:
-        until(lambda: procfs.status(pid)["TracerPid"] != "0", "it is traced")
-        with pytest.raises(Refused, match="PTRACE_TRACEME"):
-            freeze(lambda: [pid], Restarts())
-
-
-def test_nothing_frozen_is_nothing_to_release() -> None:
-    restarts = Restarts()
-    Frozen(restarts.stragglers).release()
-    assert not restarts.stragglers
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("racer", ["stays_in_vfork"], indirect=True)
+def test_parent_inside_of_vfork_is_refused(racer: Racer) -> None:
+    """It can't be stopped: that is said, and when its child has gone on, so does it."""
+    freezer = Freezer(racer.pids)
+    until(lambda: len(racer.pids()) == 2, "the child is there")
+    with pytest.raises(Refused, match="vfork"):
+        for _ in range(100):
+            freezer.freeze().release()
+    while freezer.tend():
+        pass
+    racer.goes_on()

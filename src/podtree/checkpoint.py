@@ -22,7 +22,7 @@ import msgspec
 from podtree import collect
 from podtree.collect import ProcessView
 from podtree.errors import Problem, Refused, RestoreFailed
-from podtree.freeze import Frozen, Restarts, Stragglers, freeze
+from podtree.freeze import Freezer, Frozen
 from podtree.image import manifest as manifest_file
 from podtree.image import pages
 from podtree.image.manifest import Clock, Manifest, StdioSet
@@ -89,17 +89,12 @@ class Checkpointer:
     def __init__(self, live: LivePod) -> None:
         self.live = live
         self._trackers: dict[int, Tracker] = {}  # by pid inside the pod
-        self._restarts = Restarts()
+        self._freezer = Freezer(live.pids)
         self._buffer: mmap.mmap | None = None
         self._precopied = 0  # bytes written ahead of the stop
         self._arena = bytearray()  # for changed pages of shared memory
         os.makedirs(live.img_dir / "mem", mode=0o700, exist_ok=True)
         os.makedirs(live.img_dir / "shm", mode=0o700, exist_ok=True)
-
-    @property
-    def stragglers(self) -> Stragglers:
-        """Tasks that a freeze left traced: the caller has to look after them from time to time."""
-        return self._restarts.stragglers
 
     # --- the verbs
 
@@ -209,7 +204,7 @@ class Checkpointer:
         has used up its share stops and works only when it gets the next."""
         self._limit_cpus(None)
         try:
-            return freeze(self.live.pids, self._restarts)
+            return self._freezer.freeze()
         except BaseException:
             self._limit_cpus(self.live.spec.cpus)
             raise
@@ -276,6 +271,10 @@ class Checkpointer:
             os.kill(self.live.init_pid, signal.SIGKILL)
         self.live.filling = None
         filling.abandon()
+
+    def tend(self) -> bool:
+        """To be called from time to time after the others, as long as it is true: some task is still to be let go."""
+        return self._freezer.tend()
 
     def close(self) -> None:
         """Stop tracking; the pod goes on, or has ended."""

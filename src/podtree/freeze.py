@@ -1,40 +1,37 @@
 """Stopping every task of a pod at one instant, and letting all go on as if nothing had happened.
 
 Tasks are seized and interrupted with ptrace(2), so that neither their parents nor the programs
-themselves see a signal. A task that is about to create another is traced with its child from birth,
-and the list of tasks is read again until nothing new appears.
+themselves see a signal (tracees.py). Here is what the stops do to system calls, and how that is undone.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import signal
+import socket
 import struct
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from podtree.errors import Problem, Refused
 from podtree.kernel import mm, procfs, ptrace
+from podtree.kernel.pidfd import pidfd_getfd, pidfd_open
 from podtree.kernel.sys import NR
 from podtree.objects.context import FrozenProcess, FrozenTask
 from podtree.script import stub
 from podtree.script.task import NO_SYSCALL
 from podtree.script.vdso import leave_stub
+from podtree.tracees import NotStopped, Tracees, living_threads
 
-#: What a task is seized with. Not PTRACE_O_SUSPEND_SECCOMP: from the seizing to its stop the program still runs, and
-#: could make any system call that its filter forbids.
-SEIZE_OPTIONS = (
-    ptrace.PTRACE_O_TRACESYSGOOD
-    | ptrace.PTRACE_O_TRACEFORK
-    | ptrace.PTRACE_O_TRACEVFORK
-    | ptrace.PTRACE_O_TRACECLONE
-)
-OPTIONS = SEIZE_OPTIONS | ptrace.PTRACE_O_SUSPEND_SECCOMP  # once it is stopped: for scripts
-GRACE_S = 0.02  # for what is on the way to its stop when a freeze is given up
 STOP_PATIENCE_S = 0.2  # a task that doesn't stop within this is in the middle of vfork(2) or of slow I/O
 ATTEMPTS = 25
 
+# Calls on sockets, which have a timeout where SO_RCVTIMEO or SO_SNDTIMEO is set (socket(7))
+_RECEIVING = (NR.accept, NR.accept4, NR.recvfrom, NR.recvmsg, NR.recvmmsg, NR.read, NR.readv)
+_SENDING = (NR.connect, NR.sendto, NR.sendmsg, NR.sendmmsg, NR.write, NR.writev)
 # System calls that the kernel ends with EINTR, never restarts, when a task is merely stopped
 # (signal(7), "Interruption of system calls and library functions by stop signals").
 EINTR_ON_STOP = frozenset(
@@ -46,266 +43,118 @@ EINTR_ON_STOP = frozenset(
         NR.semtimedop,
         NR.rt_sigtimedwait,
         NR.io_getevents,
-        NR.accept,
-        288,  # accept4
-        NR.connect,
-        44,  # sendto
-        NR.recvfrom,
-        46,  # sendmsg
-        NR.recvmsg,
-        299,  # recvmmsg
-        307,  # sendmmsg
-        NR.read,
-        NR.write,
-        NR.readv,
-        NR.writev,
+        *_RECEIVING,
+        *_SENDING,
     )
 )
-EINTR = 4
 # Registers with pointers to a relative struct timespec
 TIMEOUT_POINTER = {NR.epoll_pwait2: "r10", NR.semtimedop: "r10", NR.rt_sigtimedwait: "rdx", NR.io_getevents: "r8"}
-# Calls with a timeout that starts when they are made; the kernel restarts the first four by itself.
+# What such a call gives when its time is up, where that isn't -EAGAIN
+_TIMED_OUT = {NR.epoll_pwait2: 0, NR.io_getevents: 0, NR.connect: -errno.EINPROGRESS}
+# Signals that do nothing unless the program has a handler for them (signal(7))
+_IGNORED = sum(1 << (s - 1) for s in (signal.SIGCHLD, signal.SIGCONT, signal.SIGURG, signal.SIGWINCH))
+# Calls that the kernel itself restarts with what is left of their time, by restart_syscall(2)
+_RESTART_BLOCK = (NR.nanosleep, NR.clock_nanosleep, NR.poll, NR.futex, NR.restart_syscall)
+# Calls with a timeout that starts when they are made
 TIMED_CALLS = frozenset(
     [
-        NR.nanosleep,
-        NR.clock_nanosleep,
-        NR.poll,
-        NR.futex,
-        NR.restart_syscall,
+        *_RESTART_BLOCK,
         NR.epoll_wait,
         NR.epoll_pwait,
         *TIMEOUT_POINTER,
+        *(call for call in (*_RECEIVING, *_SENDING) if call not in (NR.read, NR.readv, NR.write, NR.writev)),
     ]
 )
-
-
-class NotStopped(Exception):
-    """Some task didn't stop in time."""
-
-    def __init__(self, tid: int) -> None:
-        self.tid = tid
-        super().__init__(f"task {tid} did not stop")
-
-
-class Stragglers:
-    """Tasks that could not be let go of, because only a stopped one can be (ptrace(2), PTRACE_DETACH).
-
-    One that waits uninterruptibly (vfork(2), slow I/O) stops when that is over; one that was killed meanwhile has to
-    be reaped by its tracer before its parent, or the pod's first process, hears of its end.
-    """
-
-    def __init__(self) -> None:
-        self._tids: set[int] = set()
-
-    def __bool__(self) -> bool:
-        return bool(self._tids)
-
-    def add(self, tid: int) -> None:
-        """Note a task that we trace, and that isn't stopped."""
-        self._tids.add(tid)
-
-    def discard(self, tid: int) -> None:
-        """It has stopped, and a freeze has it."""
-        self._tids.discard(tid)
-
-    def look(self, timeout_s: float = 0) -> bool:
-        """Let go of those that have stopped or ended meanwhile; whether some are left after `timeout_s`."""
-        deadline = time.monotonic() + timeout_s
-        while True:
-            self._tids = {tid for tid in self._tids if not _let_go(tid)}
-            if not self._tids or time.monotonic() >= deadline:
-                return bool(self._tids)
-            time.sleep(0.0005)
-
-
-def _let_go(tid: int) -> bool:
-    """Detach a traced task if it is stopped, reap it if it has ended; False if it is neither yet."""
-    try:
-        stop = ptrace.poll(tid)
-    except ChildProcessError:
-        return True
-    if stop is None:
-        return False
-    if not stop.exited:
-        try:
-            ptrace.detach(tid, 0 if stop.event or stop.is_syscall else stop.signal)
-        except ProcessLookupError:  # it was killed: its end is still to come
-            return False
-    return True
 
 
 @dataclass(slots=True)
 class Frozen:
     """A pod whose tasks are all stopped and traced by this thread."""
 
-    stragglers: Stragglers
-    stopped: dict[int, ptrace.Stop] = field(default_factory=dict)  # host tid -> how it stopped
+    tracees: Tracees
     processes: list[FrozenProcess] = field(default_factory=list)
 
+    @property
+    def stopped(self) -> dict[int, ptrace.Stop]:
+        """How each task stopped, by host tid."""
+        return self.tracees.stopped
+
     def release(self) -> None:
-        """Let all tasks go on. Those that were killed meanwhile become stragglers."""
-        for tid in self.stopped:
-            try:
-                ptrace.detach(tid)
-            except ProcessLookupError:
-                self.stragglers.add(tid)
-        self.stopped.clear()
+        """Let all tasks go on. Those that are gone meanwhile are passed over. May be called again."""
+        self.tracees.release()
         for process in self.processes:
             if process.pidfd >= 0:
                 os.close(process.pidfd)
                 process.pidfd = -1
 
 
-def _alive_threads(pid: int) -> list[int]:
-    """Threads of a process that can still be stopped; none for zombies and vanished processes."""
-    try:
-        tids = procfs.threads(pid)
-        return [t for t in tids if procfs.stat(pid, t).state not in "ZX"]
-    except (FileNotFoundError, ProcessLookupError):
-        return []
+class Freezer:
+    """Stops one pod, again and again, and remembers in between what has to be remembered.
 
-
-def _seize_all(frozen: Frozen, list_pids: Callable[[], Iterable[int]]) -> list[int]:
-    """Seize and interrupt the tasks that aren't traced yet; returns their ids."""
-    fresh: list[int] = []
-    try:
-        for pid in list_pids():
-            for tid in _alive_threads(pid):
-                if tid not in frozen.stopped and _seize(pid, tid):
-                    fresh.append(tid)
-    except BaseException:
-        for tid in fresh:
-            frozen.stragglers.add(tid)
-        raise
-    return fresh
-
-
-def _seize(pid: int, tid: int) -> bool:
-    """Seize and interrupt one task; False if it is gone. Raises Refused if somebody else traces it."""
-    try:
-        ptrace.seize(tid, SEIZE_OPTIONS)
-    except ProcessLookupError:
-        return False
-    except PermissionError as error:
-        if tid not in _alive_threads(pid):
-            return False
-        tracer = procfs.status(pid, tid).get("TracerPid", "0")
-        if tracer != str(os.getpid()):
-            reason = f"is traced by another process (host pid {tracer})"
-            raise _refuse_traced(pid, tid, reason, "end the debugger or strace first") from error
-    try:
-        ptrace.interrupt(tid)
-    except ProcessLookupError:
-        return False
-    except OSError as error:  # EIO: not seized. Neither a newborn nor a straggler: it did it itself
-        reason = "has asked to be traced by its parent (PTRACE_TRACEME), which is outside of the pod"
-        raise _refuse_traced(pid, tid, reason, "") from error
-    return True
-
-
-def _refuse_traced(pid: int, tid: int, reason: str, hint: str) -> Refused:
-    comm = procfs.read_text(f"/proc/{pid}/task/{tid}/comm").strip()
-    inner = procfs.ns_pids(procfs.status(pid))[-1]
-    return Refused([Problem(pid=inner, comm=comm, object="ptrace", reason=reason, hint=hint)])
-
-
-def _await_stop(frozen: Frozen, tid: int, deadline: float) -> list[int]:
-    """Wait until `tid` is in a PTRACE_EVENT_STOP; returns ids of tasks born on the way."""
-    born: list[int] = []
-    spins = 0
-    while True:
-        try:
-            stop = ptrace.poll(tid)
-        except ChildProcessError:
-            return born  # ended and was reaped by its parent
-        if stop is None:
-            spins += 1
-            if spins > 50:
-                if time.monotonic() > deadline:
-                    raise NotStopped(tid)
-                time.sleep(0.0001)
-            continue
-        if stop.exited:
-            return born
-        with contextlib.suppress(ProcessLookupError):  # killed: the next stop that we hear of is its end
-            if stop.is_interrupt:
-                ptrace.set_options(tid, OPTIONS)
-                frozen.stopped[tid] = stop
-                frozen.stragglers.discard(tid)
-                return born
-            if stop.event in (ptrace.PTRACE_EVENT_FORK, ptrace.PTRACE_EVENT_VFORK, ptrace.PTRACE_EVENT_CLONE):
-                born.append(ptrace.event_message(tid))
-            # what isn't an event is a signal-delivery-stop: deliver, then it traps
-            ptrace.cont(tid, 0 if stop.event else stop.signal)
-
-
-def _try_freeze(frozen: Frozen, list_pids: Callable[[], Iterable[int]]) -> None:
-    deadline = time.monotonic() + STOP_PATIENCE_S
-    waiting: list[int] = []
-    try:
-        while True:
-            waiting = _seize_all(frozen, list_pids)
-            if not waiting:
-                return
-            while waiting:
-                born = _await_stop(frozen, waiting[0], deadline)
-                waiting.pop(0)
-                waiting += [t for t in born if t not in frozen.stopped and t not in waiting]
-    except BaseException:
-        for tid in waiting:
-            frozen.stragglers.add(tid)
-        frozen.release()
-        frozen.stragglers.look(GRACE_S)
-        raise
-
-
-def freeze(list_pids: Callable[[], Iterable[int]], restarts: Restarts) -> Frozen:
-    """Stop all tasks of a pod. `list_pids` gives the host pids of its processes at the moment.
-
-    Raises Refused if a task can't be stopped; nothing is stopped then, and what is on its way to a stop is among
-    `restarts.stragglers`, which have to be looked after.
+    `list_pids` gives the host pids of the pod's processes at the moment.
     """
-    restarts.note_sleepers(list_pids())
-    for attempt in range(ATTEMPTS):
-        frozen = Frozen(restarts.stragglers)
-        try:
-            _try_freeze(frozen, list_pids)
-        except NotStopped as stuck:
-            if attempt == ATTEMPTS - 1:
-                raise Refused([_stuck_problem(stuck.tid)]) from stuck
+
+    def __init__(self, list_pids: Callable[[], Iterable[int]]) -> None:
+        self._list_pids = list_pids
+        self._restarts = Restarts()
+        self._tracees = Tracees()
+
+    def freeze(self) -> Frozen:
+        """Stop all tasks of the pod. Raises Refused if one can't be stopped; nothing stays stopped then."""
+        self._restarts.note_sleepers(self._list_pids())
+        for attempt in range(ATTEMPTS):
+            frozen = Frozen(self._tracees)
+            try:
+                if self._stop_all():
+                    frozen.processes = _describe(frozen, _with_zombies(self._list_pids()), self._restarts)
+                    self._restarts.forget(set(frozen.stopped))
+                    return frozen
+            except NotStopped as stuck:
+                if attempt == ATTEMPTS - 1:
+                    self._tracees.release(self._list_pids)
+                    raise Refused([_stuck_problem(stuck)]) from stuck
+            except BaseException:
+                self._tracees.release(self._list_pids)
+                frozen.release()
+                raise
+            self._tracees.release()
             time.sleep(0.002 * (attempt + 1))
-            continue
-        left_behind = [leave_stub(tid) for tid in frozen.stopped]
-        if any(left_behind):
-            frozen.release()
-            time.sleep(0.001)
-            continue
-        try:
-            frozen.processes = _describe(frozen, _with_zombies(list_pids()), restarts)
-            restarts.forget(set(frozen.stopped))
-        except ProcessLookupError:  # something was killed, or replaced itself by execve(2) from a thread
-            frozen.release()
-            continue
-        except BaseException:
-            frozen.release()
-            raise
-        return frozen
-    raise Refused([Problem(pid=0, comm="", object="pod", reason="doesn't come to rest", hint="try again")])
+        raise Refused([Problem(pid=0, comm="", object="pod", reason="doesn't come to rest", hint="try again")])
+
+    def tend(self) -> bool:
+        """Let go of tasks that could not be stopped in time, if they have stopped meanwhile; whether some have not.
+
+        Until then they are of no use to the pod: to be called again and again after a checkpoint.
+        """
+        return self._tracees.tend()
+
+    def _stop_all(self) -> bool:
+        """False if some task was still inside of a killed supervisor's script: it is on its way home."""
+        self._tracees.stop_all(self._list_pids, STOP_PATIENCE_S)
+        self._look_again()
+        left_behind = [leave_stub(tid) for tid in self._tracees.stopped]
+        return not any(left_behind)
+
+    def _look_again(self) -> None:
+        """A process in the midst of being stopped or continued by job control: all its threads get as far as that.
+
+        While a task is in our stop, it shows what was the case at its beginning.
+        """
+        stopped = self._tracees.stopped
+        for pid in self._list_pids() if any(s.is_group_stop for s in stopped.values()) else ():
+            tids = [tid for tid, _ in living_threads(pid)]
+            if any(stopped[tid].is_group_stop for tid in tids if tid in stopped):
+                self._tracees.stop_again([tid for tid in tids if tid in stopped], STOP_PATIENCE_S)
 
 
-def _stuck_problem(tid: int) -> Problem:
+def _stuck_problem(stuck: NotStopped) -> Problem:
     try:
-        text = procfs.status(tid)
-        wchan = procfs.read_text(f"/proc/{tid}/wchan")
+        text = procfs.status(stuck.tid)
         pid, comm = procfs.ns_pids(text)[-1], text["Name"]
     except OSError:
-        pid, comm, wchan = 0, "", "?"
+        pid, comm = 0, ""
     return Problem(
-        pid=pid,
-        comm=comm,
-        object="task",
-        reason=f"doesn't stop (waits uninterruptibly in the kernel, in {wchan})",
-        hint="it is inside vfork or slow I/O; try again",
+        pid=pid, comm=comm, object="task", reason=f"doesn't stop: {stuck.why}", hint="try again when it is past that"
     )
 
 
@@ -313,7 +162,7 @@ def _with_zombies(pids: Iterable[int]) -> list[int]:
     """Control groups don't list zombies; their parents do."""
     found = list(pids)
     for pid in list(found):
-        for tid in _alive_threads(pid):
+        for tid, _ in living_threads(pid):
             with contextlib.suppress(OSError):
                 found += [int(p) for p in procfs.read_text(f"/proc/{pid}/task/{tid}/children").split()]
     return sorted(set(found))
@@ -397,10 +246,9 @@ def _scheduler_lags(cpus: set[int]) -> dict[int, int]:
 
 
 class Restarts:
-    """What has to be remembered from stop to stop: of system calls that our stops interrupt, and of stragglers."""
+    """What has to be remembered from stop to stop about system calls that our stops interrupt."""
 
     def __init__(self) -> None:
-        self.stragglers = Stragglers()
         self._calls: dict[int, tuple[int, int, int]] = {}  # tid -> call, rip, rsp
         self._channels: dict[int, str] = {}  # tid -> where in the kernel it waits, if in restart_syscall(2)
         self._asleep: dict[int, int] = {}  # tid -> CLOCK_MONOTONIC when it went to sleep
@@ -418,7 +266,7 @@ class Restarts:
         self._channels.clear()
         ran: dict[int, tuple[int, int]] = {}
         for pid in pids:
-            for tid in _alive_threads(pid):
+            for tid, _ in living_threads(pid):
                 with contextlib.suppress(OSError, IndexError):
                     call = procfs.current_call(tid)
                     if call == NR.restart_syscall and tid not in self._calls:
@@ -430,6 +278,7 @@ class Restarts:
 
     def look(self, task: FrozenTask) -> None:
         """Put right what the stop did to the task's system call, and learn what it was."""
+        self._step_back(task)
         self._remember_call(task)
         self._undo_eintr(task)
 
@@ -438,6 +287,21 @@ class Restarts:
         for known in (self._calls, self._waits, self._started, self._again):
             for tid in known.keys() - alive:
                 del known[tid]
+
+    def _step_back(self, task: FrozenTask) -> None:
+        """A thread that hasn't run since the last stop, but for the kernel's part, is about to make restart_syscall(2).
+
+        Nobody could make that call in a branch, so it goes back to where it was: in the call that wants restarting.
+        Only there has a thread this number in rax and a call's in orig_rax (arch/x86/kernel/signal.c).
+        """
+        regs = task.regs
+        if regs.rax != NR.restart_syscall or regs.orig_rax not in _RESTART_BLOCK:
+            return
+        regs.rip += 2
+        regs.rax = -stub.ERESTART_RESTARTBLOCK & NO_SYSCALL
+        if self._calls.get(task.tid, (0, 0, 0))[1:] == (regs.rip, regs.rsp):
+            regs.orig_rax = NR.restart_syscall
+        ptrace.set_regs(task.tid, regs)
 
     def _remember_call(self, task: FrozenTask) -> None:
         """A stopped nanosleep(2) goes on as restart_syscall(2); the image needs the real call."""
@@ -482,43 +346,40 @@ class Restarts:
         Only if no signal is about to be delivered: then EINTR is what the program must see.
         """
         regs = task.regs
-        if regs.orig_rax not in EINTR_ON_STOP or regs.rax != -EINTR & NO_SYSCALL:
-            self._waits.pop(task.tid, None)
-            self._again.pop(task.tid, None)
+        if regs.orig_rax not in EINTR_ON_STOP or regs.rax != -errno.EINTR & NO_SYSCALL:
+            for known in (self._waits, self._again):
+                if known.get(task.tid, (0, 0))[:2] != (_return_address(regs), regs.rsp):
+                    known.pop(task.tid, None)
             return
-        pending = int(task.status["SigPnd"], 16) | int(task.status["ShdPnd"], 16)
-        if pending & ~task.sigmask:
-            return
-        if regs.orig_rax in TIMEOUT_POINTER and not self._has_time_left(task):
+        if _is_interrupting(task.status):
             return
         if regs.orig_rax in (NR.epoll_wait, NR.epoll_pwait):
             self._shorten_wait(task)
-        regs.rax = -stub.ERESTARTNOHAND & NO_SYSCALL
+        if self._is_timed_out(task):
+            regs.rax = _TIMED_OUT.get(NR(regs.orig_rax), -errno.EAGAIN) & NO_SYSCALL
+            regs.orig_rax = NO_SYSCALL  # it has returned
+        else:
+            regs.rax = -stub.ERESTARTNOHAND & NO_SYSCALL
         ptrace.set_regs(task.tid, regs)
 
-    def _has_time_left(self, task: FrozenTask) -> bool:
-        """Whether a call whose timeout lies in the program's memory may start again with all of it.
+    def _is_timed_out(self, task: FrozenTask) -> bool:
+        """Whether a call that would start again with its whole timeout has waited that long already.
 
-        Only for as long as it hasn't waited that long already: then it sees EINTR, as the manual allows,
-        rather than wait for ever in a pod that is checkpointed often.
+        Its time has to be up then, or in a pod that is checkpointed often it would wait for ever.
         """
         regs = task.regs
-        pointer = getattr(regs, TIMEOUT_POINTER[NR(regs.orig_rax)])
-        if not pointer:
-            return True
+        timeout = _timeout_ns(task)
+        if timeout is None:
+            return False
         now = time.monotonic_ns()
         rip, rsp, begun = self._again.get(task.tid, (0, 0, 0))
         if (rip, rsp) != (regs.rip, regs.rsp):
             begun = self._asleep.get(task.tid, now)
             self._again[task.tid] = (regs.rip, regs.rsp, begun)
-        try:
-            seconds, nanoseconds = struct.unpack("<qq", mm.read_memory(task.tid, pointer, 16))
-        except OSError:
+        if now - begun < timeout:
             return False
-        if now - begun < seconds * 1_000_000_000 + nanoseconds:
-            return True
         del self._again[task.tid]
-        return False
+        return True
 
     def _shorten_wait(self, task: FrozenTask) -> None:
         """Run a call with a timeout in milliseconds (r10) again with what is left of it.
@@ -541,6 +402,54 @@ class Restarts:
         regs.r10 = timeout
 
 
+def _return_address(regs: ptrace.Regs) -> int:
+    """Where the call returns to that a stop has interrupted, if the thread has not begun it again since; else -1."""
+    if regs.rax == regs.orig_rax:  # the kernel has done its part
+        return regs.rip + 2
+    return regs.rip if regs.rax == -stub.ERESTARTNOHAND & NO_SYSCALL else -1
+
+
+def _is_interrupting(status: dict[str, str]) -> bool:
+    """Whether a signal is about to be delivered: one that is pending, isn't blocked and isn't ignored.
+
+    SigBlk is what is blocked within epoll_pwait(2) and its like. While a task is traced, signals that it ignores
+    become pending, too; nothing comes of them.
+    """
+    pending, blocked, ignored, caught = (
+        int(status[key], 16) | int(status.get(other, "0"), 16)
+        for key, other in (("SigPnd", "ShdPnd"), ("SigBlk", ""), ("SigIgn", ""), ("SigCgt", ""))
+    )
+    return bool(pending & ~blocked & ~ignored & ~(_IGNORED & ~caught))
+
+
+def _timeout_ns(task: FrozenTask) -> int | None:
+    """The timeout of a call for which it lies outside of the registers; None without one."""
+    regs = task.regs
+    if regs.orig_rax in TIMEOUT_POINTER:
+        pointer = getattr(regs, TIMEOUT_POINTER[NR(regs.orig_rax)])
+        if not pointer:
+            return None
+        seconds, nanoseconds = struct.unpack("<qq", mm.read_memory(task.tid, pointer, 16))
+        return int(seconds * 1_000_000_000 + nanoseconds)
+    if regs.orig_rax in (*_RECEIVING, *_SENDING):
+        option = socket.SO_RCVTIMEO if regs.orig_rax in _RECEIVING else socket.SO_SNDTIMEO
+        return _socket_timeout_ns(int(task.status["Tgid"]), regs.rdi & 0xFFFFFFFF, option)
+    return None
+
+
+def _socket_timeout_ns(pid: int, number: int, option: int) -> int | None:
+    """SO_RCVTIMEO or SO_SNDTIMEO of a process's descriptor; None where none is set, or it is no socket."""
+    with contextlib.ExitStack() as stack:
+        pidfd = pidfd_open(pid)
+        stack.callback(os.close, pidfd)
+        try:
+            sock = stack.enter_context(socket.socket(fileno=pidfd_getfd(pidfd, number)))
+        except OSError:
+            return None
+        seconds, microseconds = struct.unpack("<qq", sock.getsockopt(socket.SOL_SOCKET, option, 16))
+        return int(seconds * 1_000_000_000 + microseconds * 1000) or None
+
+
 def _decode_call(task: FrozenTask) -> int:
     """The number that `mov $N, %eax` loads right before the task's `syscall`; -1 if it isn't so."""
     try:
@@ -548,13 +457,3 @@ def _decode_call(task: FrozenTask) -> int:
     except OSError:
         return -1
     return int.from_bytes(code[1:5], "little") if code[0] == 0xB8 and code[5:] == b"\x0f\x05" else -1
-
-
-@contextlib.contextmanager
-def frozen_pod(list_pids: Callable[[], Iterable[int]], restarts: Restarts) -> Iterator[Frozen]:
-    """Scope in which a pod is stopped."""
-    frozen = freeze(list_pids, restarts)
-    try:
-        yield frozen
-    finally:
-        frozen.release()

@@ -5,12 +5,12 @@ Constants: include/uapi/linux/ptrace.h, arch/x86/include/uapi/asm/ptrace-abi.h (
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
 import struct
 
-from podtree.kernel import procfs
 from podtree.kernel.sys import NR, syscall
 
 PTRACE_PEEKDATA = 2
@@ -20,6 +20,7 @@ PTRACE_DETACH = 17
 PTRACE_SYSCALL = 24
 PTRACE_SETOPTIONS = 0x4200
 PTRACE_GETEVENTMSG = 0x4201
+PTRACE_GETSIGINFO = 0x4202
 PTRACE_GETREGSET = 0x4204
 PTRACE_SETREGSET = 0x4205
 PTRACE_SEIZE = 0x4206
@@ -289,30 +290,63 @@ class Stop:
         return f"Stop(status={self.status:#x}, signal={self.signal}, event={self.event}, exited={self.exited})"
 
 
+_ENDS = (os.CLD_EXITED, os.CLD_KILLED, os.CLD_DUMPED)
+
+
+def _decode(found: os.waitid_result) -> Stop:
+    """A wait status from what waitid(2) tells."""
+    if found.si_code not in _ENDS:
+        return Stop(found.si_status << 8 | 0x7F)  # with the event, where wait(2) has it
+    return Stop(found.si_status << 8 if found.si_code == os.CLD_EXITED else found.si_status)
+
+
+def _look(tid: int, options: int) -> Stop | None:
+    found = os.waitid(os.P_PID, tid, os.WSTOPPED | os.WEXITED | os.WNOWAIT | WALL | options)
+    if found is not None and found.si_code not in _ENDS:
+        try:
+            found = os.waitid(os.P_PID, tid, os.WSTOPPED | os.WNOHANG | WALL)
+        except ChildProcessError:  # killed between the two: there is an end to wait for, and nothing else
+            return None
+    return _decode(found) if found else None
+
+
 def wait(tid: int) -> Stop:
-    """Wait for the next stop, or the end, of one traced task; see `_taken`."""
-    seen = os.waitid(os.P_PID, tid, os.WEXITED | os.WSTOPPED | os.WNOWAIT | WALL)
-    assert seen is not None  # only with WNOHANG
-    return _taken(tid, seen)
+    """Wait for the next stop (or the end) of one traced task. An end is only looked at: see `reap`.
+
+    ChildProcessError if the task isn't traced by this thread any more, or is gone.
+    """
+    while (stop := _look(tid, 0)) is None:
+        pass
+    return stop
 
 
 def poll(tid: int) -> Stop | None:
-    """As `wait`, if there is something already."""
-    seen = os.waitid(os.P_PID, tid, os.WEXITED | os.WSTOPPED | os.WNOHANG | os.WNOWAIT | WALL)
-    return None if seen is None else _taken(tid, seen)
+    """The next stop, or the end, if there is one already; otherwise as `wait`."""
+    return _look(tid, os.WNOHANG)
 
 
-def _taken(tid: int, seen: os.waitid_result) -> Stop:
-    """The wait status of `tid`, reaped: but for the end of a child of our own, which is left to whoever waits for it.
+def has_ended(tid: int) -> bool:
+    """Whether a traced task has ended and that is still to be noticed (`reap`). A stop is left as it is."""
+    try:
+        found = os.waitid(os.P_PID, tid, os.WEXITED | os.WNOHANG | os.WNOWAIT | WALL)
+    except ChildProcessError:
+        return False
+    return found is not None and found.si_code in _ENDS  # without WSTOPPED, too, stops of traced tasks are told
 
-    The kernel shows tracer and parent one and the same end; taking it here would lose the exit status.
+
+def reap(tid: int) -> None:
+    """Take note of the end of a traced task that `has_ended`. Only now its parent is told, and can wait for it.
+    If we are the parent ourselves, that was all: its wait status is lost.
     """
-    if seen.si_code in (os.CLD_EXITED, os.CLD_KILLED, os.CLD_DUMPED) and _is_own_child(tid):
-        return Stop(seen.si_status << 8 if seen.si_code == os.CLD_EXITED else seen.si_status)
-    return Stop(os.waitpid(tid, WALL)[1])
+    with contextlib.suppress(ChildProcessError):
+        os.waitid(os.P_PID, tid, os.WEXITED | os.WNOHANG | WALL)
 
 
-def _is_own_child(tid: int) -> bool:
-    """Whether `tid` is a process (no mere thread) whose parent we are."""
-    status = procfs.status(tid)
-    return int(status["Tgid"]) == tid and int(status["PPid"]) == os.getpid()
+def trap_signal(tid: int) -> int:
+    """The signal in whose name a task is in a PTRACE_EVENT_STOP: SIGTRAP, or the one that stopped its process.
+
+    ProcessLookupError when it isn't stopped. The stop tells what it was when it began: a SIGCONT since then shows
+    only after the task was resumed.
+    """
+    syscall(NR.ptrace, PTRACE_GETSIGINFO, tid, 0, _buffer)
+    return int(struct.unpack_from("<i", _buffer)[0])

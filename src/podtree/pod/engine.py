@@ -53,9 +53,9 @@ class _Lazy:
         except Exception:
             traceback.print_exc()
 
-    def has_stragglers(self) -> bool:
-        """Let go of tasks that a freeze had to leave traced, once they have stopped; whether some are left."""
-        return self._made is not None and bool(self._made.stragglers.look())
+    def tend(self) -> bool:
+        """Whether some task is still to be let go, when it stops: to be called again then."""
+        return self._made is not None and bool(self._made.tend())
 
     def release(self) -> None:
         if self._made is not None:

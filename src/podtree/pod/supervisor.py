@@ -24,7 +24,7 @@ from podtree.pod.cgroup import Cgroup
 from podtree.pod.dirs import PodDirs
 from podtree.pod.enter import Entered, enter
 from podtree.pod.live import INIT, ClockOffsets, ExecSession, Launched, LivePod, StdioEnds
-from podtree.pod.loop import Connection, Loop
+from podtree.pod.loop import Connection, Loop, Timer
 from podtree.pod.nursery import Start
 from podtree.pod.program import launch_program
 from podtree.pod.spec import PodSpec, check
@@ -35,7 +35,7 @@ from podtree.pool.records import PodState
 _LINGER_S = 10.0  # how long an attached client may take to fetch the last of the output
 _RETRY_S = 3.0
 _END_S = 60.0  # how long the processes of a pod may take to end, once they are killed
-_STRAGGLERS_S = 0.01
+_TEND_S = 0.05
 _REPORT_S = 10.0  # from entering a pod to execve; a process of the pod may have got hold of the report pipe
 
 
@@ -71,7 +71,7 @@ class Supervisor:
         self._waiting: list[Connection] = []
         self._serial = 0
         self._finished = False
-        self._looking = False  # after stragglers, by a timer
+        self._tending: Timer | None = None
 
     # ---- beginning
 
@@ -163,16 +163,6 @@ class Supervisor:
             if self.live is not None and self.live.filling is not None:  # it couldn't be stopped just now
                 self.loop.later(_RETRY_S, self._settle_memory)
 
-    def look_after_stragglers(self) -> None:
-        """Now, and again as long as a freeze has left tasks that can't be let go of yet."""
-        if not self._looking and self.checkpointer is not None and self.checkpointer.has_stragglers():
-            self._looking = True
-            self.loop.later(_STRAGGLERS_S, self._look_again)
-
-    def _look_again(self) -> None:
-        self._looking = False
-        self.look_after_stragglers()
-
     def _note_running(self, live: LivePod) -> None:
         """Tell the index, now or, when it is busy or its disk is full, later: the pod comes first."""
         try:
@@ -229,7 +219,7 @@ class Supervisor:
             )
         )  # fmt: skip
         self.checkpointer.recover()
-        self.look_after_stragglers()
+        self._tend()
         self._listen()
 
     def _adopt_ended(self, group: Cgroup) -> None:
@@ -314,7 +304,16 @@ class Supervisor:
             if not isinstance(error, PodtreeError | OSError):
                 traceback.print_exc()
             client.send(wire.encode_error(error))
-        self.look_after_stragglers()
+        finally:
+            self._tend()
+
+    def _tend(self) -> None:
+        """A task that a checkpoint could not stop is let go when it stops at last."""
+        if self._tending is not None:
+            self._tending.cancel()
+            self._tending = None
+        if self.checkpointer is not None and self.checkpointer.tend():
+            self._tending = self.loop.later(_TEND_S, self._tend)
 
     def running(self) -> LivePod:
         """The pod; raises Conflict when it has ended."""
@@ -525,8 +524,8 @@ class Supervisor:
         with contextlib.suppress(ProcessLookupError):
             pidfd_send_signal(live.init_pidfd, signal.SIGKILL)
         deadline = time.monotonic() + _END_S
-        while not has_ended(live.init_pidfd, _STRAGGLERS_S) and time.monotonic() < deadline:
-            self.checkpointer.has_stragglers()
+        while not has_ended(live.init_pidfd, _TEND_S) and time.monotonic() < deadline:
+            self.checkpointer.tend()
         self._release(self._reap(live.init_pid, self.dirs.pod / "exit.json"))
 
     def _init_ended(self) -> None:

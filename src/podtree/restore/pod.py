@@ -17,7 +17,6 @@ from typing import Any, NoReturn
 import msgspec
 
 from podtree.errors import PodtreeError, RestoreFailed
-from podtree.freeze import OPTIONS
 from podtree.image import manifest as manifest_file
 from podtree.image.manifest import Manifest
 from podtree.kernel import procfs, ptrace, userfaultfd
@@ -41,6 +40,7 @@ from podtree.restore.pager import Filling
 from podtree.restore.process import ProcessRestorer, Shared
 from podtree.restore.tree import Tree
 from podtree.script import vdso
+from podtree.tracees import OPTIONS
 
 END_PATIENCE_S = 10.0
 CLOSE_RANGE_CLOEXEC = 4  # linux/close_range.h
@@ -433,6 +433,7 @@ def _end(launched: Launched, family: list[int]) -> None:
                 left.discard(tid)
                 continue
             if stop and stop.exited:
+                ptrace.reap(tid)
                 left.discard(tid)
         time.sleep(0.0005)
     os.close(launched.init_pidfd)

@@ -71,6 +71,7 @@ class Tree:
         try:
             body.remote.call(NR.exit_group, 0)
         except TaskLost:
+            ptrace.reap(body.tid)
             return
         raise RestoreFailed(f"helper process {pid} did not end")
 
@@ -144,6 +145,7 @@ def _die(body: Body, status: int) -> None:
         try:
             body.remote.call(NR.exit_group, status >> 8)
         except TaskLost:
+            ptrace.reap(body.tid)
             return
         raise RestoreFailed(f"task {body.tid} did not end")
     body.do(NR.prctl, 4, 0, 0, 0, 0)  # PR_SET_DUMPABLE 0: leaves no core
@@ -153,6 +155,7 @@ def _die(body: Body, status: int) -> None:
         ptrace.detach(body.tid)
     except ProcessLookupError:  # SIGKILL doesn't wait for us, but its tracer has to take notice
         ptrace.wait(body.tid)
+        ptrace.reap(body.tid)
     deadline = time.monotonic() + DEATH_PATIENCE_S
     while procfs.stat(body.tid).state != "Z":
         if time.monotonic() > deadline:
