@@ -22,9 +22,11 @@ import pytest
 from podtree.kernel import mount
 from podtree.kernel.namespaces import Clone, unshare
 from podtree.kernel.pidfd import pidfd_open
+from podtree.objects import insight
 from podtree.objects.contents import Contents
 from podtree.objects.context import CollectContext, FrozenProcess, RestoreContext
 from podtree.objects.descriptors import Deferred, Fd, FileTable, OpenFile, restore_files
+from podtree.objects.mqueue import PosixQueue
 from podtree.objects.tmpfs import TmpfsMount, collect_tmpfs, restore_tmpfs
 
 SLOTS = 600
@@ -42,6 +44,7 @@ class Saved:
     problems: list[str]
     local: dict[str, int] = field(default_factory=dict)
     tmpfs: list[TmpfsMount] = field(default_factory=list)
+    queues: tuple[PosixQueue, ...] = ()
 
     def of(self, name: str) -> OpenFile:
         """The OpenFile behind the descriptor that the holder gave that name."""
@@ -174,11 +177,15 @@ class World:
             **more,
         )
 
-    def collect(
+    def collect(self, pids: list[int], **options: Any) -> Saved:
+        """Collect from stopped processes, write the contents, snapshot the volume as the new current one."""
+        saved = self._collect(pids, **options)
+        return self._collect(pids, **options) if saved.problems and insight.prepare() else saved
+
+    def _collect(
         self, pids: list[int], *, local: dict[str, tuple[str, int]] | None = None, tmpfs: tuple[str, ...] = (),
         **more: Any,
     ) -> Saved:  # fmt: skip
-        """Collect from stopped processes, write the contents, snapshot the volume as the new current one."""
         ctx = self.context(pids, **more)
         contents = Contents(ctx.image_dir)
         table = FileTable(ctx, contents)
@@ -193,7 +200,7 @@ class World:
             fd = os.open(f"/proc/{pids[0]}/root{point}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             mounts.append(collect_tmpfs(point, fd, ctx, contents))
             os.close(fd)
-        files = table.finish()
+        files, queues = table.finish(), table.queues.named()
         image = os.open(ctx.image_dir, os.O_RDONLY | os.O_DIRECTORY)
         contents.write(image)
         os.close(image)
@@ -204,7 +211,7 @@ class World:
         for process in ctx.processes:
             os.close(process.pidfd)
         files = msgspec.msgpack.decode(msgspec.msgpack.encode(files), type=list[OpenFile])
-        return Saved(files, fds, names, [str(p) for p in ctx.problems], added, mounts)
+        return Saved(files, fds, names, [str(p) for p in ctx.problems], added, mounts, queues)
 
     def restore(
         self, saved: Saved, check: Callable[[dict[str, Any]], None], *, late: Callable[[Deferred], None] | None = None,
@@ -221,7 +228,7 @@ class World:
             more.setdefault("host_proc_fd", os.open("/proc", os.O_PATH))
             if prepare:
                 prepare()
-            ctx = RestoreContext(self.root_fd, log, image, **more)
+            ctx = RestoreContext(self.root_fd, log, image, queues=saved.queues, **more)
             for each in saved.tmpfs:
                 restore_tmpfs(each, ctx)
             deferred = restore_files(saved.files, ctx, SLOTS)

@@ -17,7 +17,10 @@ from _pytest.mark.structures import ParameterSet
 from driver import PROGRAMS, SYSTEM_PYTHON, Podtree
 from lives import End, cases_of, ends, generations, live_on, start, start_together, verify
 
-PYTHON = ("processes", "descriptors", "watching", "pidfds", "views", "sockets", "signals", "credentials", "sysvipc")
+PYTHON = (
+    *("processes", "descriptors", "watching", "pidfds", "views", "mqueues"),
+    *("sockets", "signals", "credentials", "sysvipc"),
+)
 COMPILED = ("registers", "blocked", "threads", "mappings")
 ALONE = {  # about the pod's pid 1, all its pids, everything that happens in its shared directories
     ("processes", "tree"), ("processes", "new_pids_go_on"), ("watching", "undisturbed"),

@@ -335,6 +335,7 @@ class Checkpointer:
             files=tuple(table.finish()),
             ipc=ipc,
             tmpfs=mounts,
+            queues=table.queues.named(),
         )
         return manifest, views
 

@@ -24,7 +24,7 @@ from podtree.objects import memory, processes, scheduling, seccomp, signals, thr
 from podtree.objects.contents import Contents
 from podtree.objects.context import CollectContext, FrozenProcess
 from podtree.objects.descriptors import Fd, FileTable
-from podtree.objects.held import OWN_MQUEUE, OWN_TMPFS
+from podtree.objects.held import OWN_TMPFS
 from podtree.objects.memory import Memory, Vma
 from podtree.objects.processes import Place, Process, Zombie
 from podtree.objects.threads import Thread
@@ -393,10 +393,6 @@ def collect_tmpfs_mounts(init_pid: int, ctx: CollectContext, contents: Contents)
     found = []
     for mount in mounts_of(init_pid).values():
         point = os.fsdecode(mount.point)
-        if mount.fstype == "mqueue" and point == OWN_MQUEUE:
-            for name in os.listdir(f"/proc/{init_pid}/root".encode() + mount.point):
-                queue = f"POSIX message queue /{os.fsdecode(name)}"
-                ctx.refuse(None, queue, "can't be saved", "remove it with mq_unlink(3)")
         if mount.fstype != "tmpfs" or point not in OWN_TMPFS:
             continue
         path = f"/proc/{init_pid}/root".encode() + mount.point

@@ -13,6 +13,7 @@ import msgspec
 
 from podtree.errors import Damaged
 from podtree.objects.descriptors import OpenFile
+from podtree.objects.mqueue import PosixQueue
 from podtree.objects.processes import Process, Zombie
 from podtree.objects.sysvipc import IpcState
 from podtree.objects.tmpfs import TmpfsMount
@@ -64,6 +65,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     files: tuple[OpenFile, ...]
     ipc: IpcState
     tmpfs: tuple[TmpfsMount, ...]
+    queues: tuple[PosixQueue, ...] = ()
 
 
 _encoder = msgspec.msgpack.Encoder()

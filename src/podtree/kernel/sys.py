@@ -124,6 +124,11 @@ class NR(enum.IntEnum):
     epoll_wait = 232
     epoll_ctl = 233
     tgkill = 234
+    mq_open = 240
+    mq_unlink = 241
+    mq_timedsend = 242
+    mq_notify = 244
+    mq_getsetattr = 245
     keyctl = 250
     ioprio_set = 251
     ioprio_get = 252

@@ -6,9 +6,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from podtree.errors import Problem
 from podtree.kernel.ptrace import Regs
+
+if TYPE_CHECKING:
+    from podtree.objects.mqueue import PosixQueue
 
 
 @dataclass(slots=True)
@@ -94,6 +98,7 @@ class RestoreContext:
     log_path_fd: int  # the pod's log file, opened O_RDWR outside of the pod's root
     image_dir_fd: int  # the image directory
     host_proc_fd: int  # O_PATH on a /proc that works: inside the builder /proc isn't mounted
+    queues: tuple[PosixQueue, ...] = ()  # POSIX message queues that have a name
     stdio_fds: tuple[int, ...] = ()  # pod-side ends of new stdio pipes, numbered as at collection; -1: none
     clock_offset_ns: int = 0  # the pod's CLOCK_MONOTONIC less ours
 

@@ -24,7 +24,7 @@ from podtree.kernel import fdops
 from podtree.kernel.fdinfo import FdInfo, read_fdinfo
 from podtree.kernel.kcmp import compare_files
 from podtree.kernel.pidfd import pidfd_getfd, pidfd_open
-from podtree.objects import epoll, files, inotify, kinds, signalfd, tty
+from podtree.objects import epoll, files, inotify, kinds, mqueue, signalfd, tty
 from podtree.objects.contents import Contents
 from podtree.objects.context import CollectContext, FrozenProcess, RestoreContext
 from podtree.objects.held import Held, PodView, pod_id
@@ -102,6 +102,7 @@ class FileTable:
         self._local: dict[tuple[int, int, int], Held] = {}
         self._locks: dict[int, dict[FileLock, None]] = {}
         self.watchers = inotify.Watchers(ctx, self.view, self.all)
+        self.queues = mqueue.Queues(ctx, self.view, self.all)
 
     def add_process(self, process: FrozenProcess) -> list[Fd]:
         """All descriptors of one process; OSError when it vanishes (the pod isn't frozen)."""
@@ -308,6 +309,7 @@ class Deferred:
 
     `owners`: when the process has its own numbers: F_SETSIG, F_SETOWN_EX, then O_ASYNC added by F_SETFL.
     `locks`: after the process has closed all slots, since closing any descriptor of a file drops them.
+    `notifications`: of POSIX message queues, likewise: they end when their owner closes a queue. (OpenFile id, what)
     `watches`: epoll registrations, made with the watched number and the slots, before own numbers are taken.
     `terminals`: slots with a slave each, `slot_base` and above, to be closed like the others.
     `end`: the first number above all that are used.
@@ -315,6 +317,7 @@ class Deferred:
 
     owners: list[tuple[int, Owner]] = field(default_factory=list)
     locks: list[PosixLock] = field(default_factory=list)
+    notifications: list[tuple[int, mqueue.Notification]] = field(default_factory=list)
     watches: list[epoll.OwnWatch] = field(default_factory=list)
     terminals: list[ControllingTerminal] = field(default_factory=list)
     end: int = 0
@@ -350,6 +353,9 @@ def restore_files(entries: list[OpenFile], ctx: RestoreContext, slot_base: int) 
         raise RestoreFailed(f"a file of the pod can't be opened again: {error}") from error
     deferred = slots.deferred
     deferred.watches = watches
+    for entry in entries:
+        if isinstance(entry.what, mqueue.QueueFile) and entry.what.notification:
+            deferred.notifications.append((entry.id, entry.what.notification))
     for fd, settings in leads:
         if settings.session:
             slot = slots.add(fd)

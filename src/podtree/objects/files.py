@@ -225,7 +225,7 @@ def collect_file(held: Held, ctx: CollectContext, view: PodView, ghosts: GhostKe
     if where is None:
         held.refuse(ctx, "it was opened outside of the pod's mounts", "close it, or bind its directory with -v")
         return None
-    if where.fstype in PSEUDO - {"sysfs"} and held.kind != stat.S_IFDIR:
+    if where.fstype in PSEUDO - {"sysfs", "mqueue"} and held.kind != stat.S_IFDIR:
         hint = "close it, or try again if it is only open for a moment"
         held.refuse(ctx, f"an open file of {where.fstype} can't be saved", hint)
         return None

@@ -124,7 +124,7 @@ class Watchers:
     # --- so that nobody sees us
 
     def hush(self) -> None:
-        """Keep all watchers from what is about to be looked at: the pod's tmpfs, and unlinked files.
+        """Keep all watchers from what is about to be looked at: the pod's tmpfs, message queues, and unlinked files.
 
         To be called when all processes are known, before anything else is opened; once is enough.
         """
@@ -145,7 +145,8 @@ class Watchers:
             _set_mask(instance.held.fd, instance.targets[line.wd], SILENT)
 
     def _devices_looked_at(self) -> set[int]:
-        found = {m.device for m in self.view.mounts.values() if self.view.on_own_tmpfs(m)}
+        mounts = self.view.mounts.values()
+        found = {m.device for m in mounts if self.view.on_own_tmpfs(m) or m.fstype == "mqueue"}
         for held in self.everything:
             where = self.view.mount_of(held)
             if held.kind == stat.S_IFREG and where and self.view.current_name(held) is None:

@@ -20,6 +20,7 @@ from podtree.objects import (
     files,
     inotify,
     memfd,
+    mqueue,
     nsfiles,
     pidfd,
     pipes,
@@ -45,6 +46,7 @@ FileState: TypeAlias = (
     | pidfd.PidFd
     | procfiles.ProcFile
     | nsfiles.NamespaceFile
+    | mqueue.QueueFile
     | memfd.MemoryFile
     | devices.Device
     | tty.TtyStates
@@ -54,7 +56,10 @@ FileState: TypeAlias = (
 #: What can only be made when the tasks are there; until then something else is in its slot.
 LATE = (pidfd.PidFd, procfiles.ProcFile, nsfiles.NamespaceFile)
 #: What has an offset.
-POSITIONED = (files.RegularFile, files.Ghost, files.Directory, files.LogFile, memfd.MemoryFile, procfiles.ProcFile)
+POSITIONED = (
+    *(files.RegularFile, files.Ghost, files.Directory, files.LogFile),
+    *(memfd.MemoryFile, procfiles.ProcFile, mqueue.QueueFile),
+)
 
 
 class Table(Protocol):
@@ -64,6 +69,7 @@ class Table(Protocol):
     contents: Contents
     ghosts: files.GhostKeeper
     watchers: inotify.Watchers
+    queues: mqueue.Queues
     all: list[Held]
 
     def add_local(self, fd: int, display: str, access: int | None = None) -> int: ...
@@ -96,6 +102,7 @@ class _States:
         self.pipes: list[Held] = []
         self.ttys: list[Held] = []
         self.epolls: list[Held] = []
+        self.queues: list[Held] = []
         self.passed: set[int] = set()  # ids of what is on its way in sockets' queues
         self.sockets = sockets.SocketCollector(ctx, self._add_passed)
 
@@ -105,6 +112,7 @@ class _States:
                 self._sort(held)
         self._group(self.pipes, lambda: pipes.collect_pipes(self.pipes, self.ctx, self.table.view))
         self._group(self.ttys, lambda: tty.collect_ttys(self.ttys, self.ctx, self.table.view))
+        self._group(self.queues, lambda: self.table.queues.files(self.queues))
         self._group(self.epolls, lambda: epoll.collect_epolls(self.epolls, self.table.all, self.ctx))
         self.states.update(self.sockets.finish())
         for held in self.table.all:
@@ -146,6 +154,8 @@ class _States:
             self._put(held, devices.collect(held, self.ctx, self.table.view))
         elif held.link.startswith(b"anon_inode:") or held.kind == 0:
             self._anonymous(held)
+        elif mqueue.is_one(held, self.table.view):
+            self.queues.append(held)
         elif nsfiles.is_one(held):
             self._put(held, nsfiles.collect(held, self.ctx))
         else:
@@ -219,6 +229,7 @@ def make_all(
         yield number, files.restore_file(state, flags, ctx)
     for number, flags, state in of(devices.Device):
         yield number, devices.restore(state, flags)
+    yield from mqueue.restore_queues(ctx.queues, of(mqueue.QueueFile)).items()
     yield from pipes.restore_pipes(of(pipes.Pipe, pipes.StdioPipe), ctx).items()
     for module, kind in ((eventfd, eventfd.EventFd), (signalfd, signalfd.SignalFd)):
         for number, _, state in of(kind):

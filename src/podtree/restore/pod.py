@@ -177,6 +177,7 @@ def _make_objects(
         log_path_fd=builder.log_fd,
         image_dir_fd=image_fd,
         host_proc_fd=builder.host_proc_fd,
+        queues=manifest.queues,
         stdio_fds=_make_stdio(builder, manifest),
         clock_offset_ns=clock.monotonic_ns,
     )

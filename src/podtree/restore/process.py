@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from podtree.errors import RestoreFailed
 from podtree.image.pages import Run, load_map
-from podtree.kernel import fdops, mm, procfs, ptrace, userfaultfd
+from podtree.kernel import fdops, mm, mqueue, procfs, ptrace, userfaultfd
 from podtree.kernel.pidfd import pidfd_getfd, pidfd_open
 from podtree.kernel.sys import NR, PAGE_SIZE
 from podtree.objects import memory, processes, scheduling, signals, sysvipc, threads, timers
@@ -195,6 +195,7 @@ class ProcessRestorer:
             script = self._flush(script)
         script.add(NR.close_range, base, 0xFFFFFFFF, 0, name="close_range")
         self._set_owners(script)
+        self._ask_for_notifications(script)
         self._take_locks(script)
         self.body.run(script)
 
@@ -210,6 +211,19 @@ class ProcessRestorer:
             if owner.asynchronous:
                 flags = self.shared.flags[file]
                 script.add(NR.fcntl, owner.fd, fcntl.F_SETFL, flags | os.O_ASYNC, name=what)
+
+    def _ask_for_notifications(self, script: Script) -> None:
+        numbers = {fd.file: fd.fd for fd in self.process.fds}
+        for file, one in self.shared.deferred.notifications:
+            if one.pid != self.pid or file not in numbers:
+                continue
+            signal, value = one.signal, one.value[:8].ljust(8, b"\0")
+            if one.method == mqueue.SIGEV_THREAD:
+                signal = numbers.get(one.socket, -1)
+                cookie = one.cookie[: mqueue.COOKIE_SIZE].ljust(mqueue.COOKIE_SIZE, b"\0")
+                value = struct.pack("<Q", script.put(cookie))
+            event = script.put(mqueue.notification(value, signal, one.method))
+            script.add(NR.mq_notify, numbers[file], event, name=f"mq_notify of descriptor {numbers[file]}")
 
     def _take_locks(self, script: Script) -> None:
         number = {fd.file: fd.fd for fd in self.process.fds}
