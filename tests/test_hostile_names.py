@@ -10,11 +10,11 @@ from driver import SYSTEM_PYTHON, Podtree
 from podtree.errors import Problem, Refused, printable
 from podtree.pod import wire
 
-WATCHER = r"""
-import ctypes, os, time
+HOLDER = r"""
+import ctypes, os, socket, time
 libc = ctypes.CDLL(None)
 libc.prctl(15, b"\xff\x1b[31m", 0, 0, 0)
-libc.inotify_init()
+raw = socket.socket(socket.AF_INET, socket.SOCK_RAW, 253)  # refused
 print("READY", flush=True)
 time.sleep(1000)
 """
@@ -50,7 +50,7 @@ def test_problems_are_printable() -> None:
 
 
 def test_refusal_names_an_odd_process(podtree: Podtree) -> None:
-    pod = podtree.run(SYSTEM_PYTHON, "-c", WATCHER, name="odd")
+    pod = podtree.run(SYSTEM_PYTHON, "-c", HOLDER, name="odd")
     pod.wait_log("READY")
     name = r"\xff\x1b[31m"
     assert f"process 1 ({name})" in podtree("check", pod.name, code=3).out

@@ -103,5 +103,8 @@ class RestoreContext:
     clock_offset_ns: int = 0  # the pod's CLOCK_MONOTONIC less ours
 
     def late_ns(self, read_ns: int) -> int:
-        """Time that has passed for the pod since `read_ns` of its CLOCK_MONOTONIC, the restore's own included."""
-        return max(0, time.monotonic_ns() + self.clock_offset_ns - read_ns)
+        """Time that has passed for the pod since `read_ns` of its CLOCK_MONOTONIC, the restore's own included.
+
+        Negative for what was read after the instant at which that clock goes on: the pod is there once more.
+        """
+        return time.monotonic_ns() + self.clock_offset_ns - read_ns
