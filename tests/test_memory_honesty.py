@@ -41,7 +41,7 @@ def several_lives(podtree: Podtree, program: Path, case: str, options: tuple[str
 @pytest.mark.needs("gcc")
 @pytest.mark.usefixtures("memory_mode")
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("seed", range(1, 5))
+@pytest.mark.parametrize("seed", range(1, 3))
 def test_memory_calls(podtree: Podtree, compiled: Callable[[str], Path], seed: int) -> None:
     several_lives(podtree, compiled("churn"), "calls", ("-e", f"SEED={seed}"))
 
@@ -49,8 +49,10 @@ def test_memory_calls(podtree: Podtree, compiled: Callable[[str], Path], seed: i
 @pytest.mark.needs("gcc", "libjemalloc.so.2")
 @pytest.mark.usefixtures("memory_mode")
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("allocator", ALLOCATORS)
-@pytest.mark.parametrize("case", ["heap", "heap_processes"])
+@pytest.mark.parametrize(
+    ("case", "allocator"),
+    [*(("heap", allocator) for allocator in ALLOCATORS), ("heap_processes", "glibc"), ("heap_processes", "jemalloc")],
+)
 def test_allocators(podtree: Podtree, compiled: Callable[[str], Path], allocator: str, case: str) -> None:
     assert "jemalloc" not in allocator or find_program("libjemalloc.so.2")
     several_lives(podtree, compiled("churn"), case, ALLOCATORS[allocator])
