@@ -43,13 +43,6 @@ def test_a_place_where_no_pool_can_be(tmp_path: Path, place: str) -> None:
     assert set(error) == {"error", "hint", "problems"}
 
 
-def test_words_that_are_no_text(pool_home: Path) -> None:
-    for words in (["show", b"\xff"], ["checkpoint", "web", "-m", b"caf\xe9"], ["run", "--", "echo", b"\xff"]):
-        done = run(*words, home=pool_home)
-        assert (done.returncode, done.stdout) == (2, "")
-        assert done.stderr.startswith("podtree: not valid UTF-8: b'")
-
-
 def test_wrong_options_with_json() -> None:
     done = run("show", "--json", "--nope")
     assert done.returncode == 2
