@@ -135,3 +135,16 @@ def test_words_that_are_no_text(podtree: Podtree) -> None:
         assert "caf\\udce9" in done.err and "Traceback" not in done.err
     assert "not valid UTF-8" in podtree("checkpoint", name, "-m", word, code=2).err
     assert "caf" in json.loads(podtree("logs", word, "--json", code=4).out)["error"]
+
+
+def test_several_branches(podtree: Podtree) -> None:
+    """One object each; when one of the names is taken, none is made."""
+    pod = podtree.run("sleep", "1000")
+    pod.checkpoint()
+    done = podtree("branch", f"{pod.name}@1", "-n", "3", "--name", "many", "--json")
+    answers = [json.loads(line) for line in done.out.splitlines()]
+    assert [answer["pod"] for answer in answers] == ["many-1", "many-2", "many-3"]
+    assert all(answer["ready_ms"] > 0 and answer["pid"] > 0 for answer in answers)
+    podtree("rm", "--force", "many-1")
+    assert "many-2" in podtree("branch", f"{pod.name}@1", "-n", "3", "--name", "many", code=5).err
+    assert {one["name"] for one in podtree.pods()} == {pod.name, "many-2", "many-3"}

@@ -47,6 +47,25 @@ def test_environment(podtree: Podtree, sleeper: Pod) -> None:
     assert done.out == "c\n/etc\n65534\n"
 
 
+def test_where_it_starts(podtree: Podtree, sleeper: Pod) -> None:
+    """A directory that isn't there is not made: only `run` does that."""
+    done = podtree("exec", "-w", "/no/such/place", sleeper.name, "--", "pwd", code=126)
+    assert "/no/such/place" in done.err
+    sleeper.sh("test ! -e /no")
+
+
+def test_what_could_not_be_executed(podtree: Podtree, sleeper: Pod) -> None:
+    """Errors name the program and say what to do."""
+    sleeper.sh("printf '#!/no/interpreter\\n' > /tmp/script; printf x > /tmp/data; chmod 755 /tmp/script /tmp/data")
+    for program, code, hint in (
+        ("/tmp/script", 127, "interpreter"),
+        ("/tmp/data", 126, "sh FILE"),
+        ("/etc/passwd", 126, "executable"),
+    ):
+        err = podtree("exec", sleeper.name, "--", program, code=code).err
+        assert f"podtree: {program}: " in err and hint in err
+
+
 def test_stdin(podtree: Podtree, sleeper: Pod) -> None:
     data = os.urandom(2_000_000)
     assert piped(podtree, ["exec", "-i", sleeper.name, "--", "cat"], data).stdout == data

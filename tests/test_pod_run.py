@@ -34,6 +34,68 @@ def test_command_not_found(podtree: Podtree) -> None:
     assert podtree.pods() == []
 
 
+def test_outputs_in_order(podtree: Podtree) -> None:
+    """With stdout and stderr at the same place, lines come in the order in which they were written."""
+    wanted = "".join(f"out {n}\nerr {n}\n" for n in range(200))
+    program = "import os\nfor n in range(200): os.write(1, b'out %d\\n' % n); os.write(2, b'err %d\\n' % n)"
+    pod = podtree.run("sleep", "1000")
+    for verb in (["run", "--rm"], ["exec", pod.name]):
+        command = [str(podtree.program), *verb, "--", SYSTEM_PYTHON, "-c", program]
+        done = subprocess.run(
+            command, env=podtree.env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True, timeout=60 * SLOW,
+        )  # fmt: skip
+        assert done.stdout == wanted
+
+
+def test_outputs_at_one_place_in_a_branch(podtree: Podtree) -> None:
+    script = "echo ready; read x; echo out; echo err >&2; sleep 1000"
+    command = [str(podtree.program), "run", "--name", "one-place", "--", "sh", "-c", script]
+    process = subprocess.Popen(
+        command, env=podtree.env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    assert process.stdin is not None and process.stdout is not None and process.stdout.readline() == b"ready\n"
+    podtree("checkpoint", "one-place")
+    branch = podtree.branch("one-place@1")
+    piped_in = start(podtree, "attach", branch.name)
+    assert piped_in.stdin is not None and piped_in.stdout is not None
+    piped_in.stdin.write(b"\n")
+    piped_in.stdin.flush()
+    assert piped_in.stdout.readline() + piped_in.stdout.readline() == b"out\nerr\n"
+    branch.kill()
+    assert piped_in.wait(20) == 137
+    podtree("kill", "one-place")
+    assert process.wait(20) == 137
+
+
+def test_removed_when_it_ends(podtree: Podtree) -> None:
+    """--rm, but not what was saved: a checkpoint that was reported is there."""
+    gone = podtree.run("sleep", "1000", options=["--rm"])
+    gone.kill()
+    assert podtree.pods() == []
+    pod = podtree.run("sleep", "1000", options=["--rm"])
+    pod.checkpoint("--stop")
+    assert pod.info()["state"] == "stopped"
+    branch = podtree.branch(f"{pod.name}@1")
+    branch.kill()
+    assert [one["name"] for one in podtree.pods()] == [pod.name]
+
+
+def test_ignored_signals_stay_ignored(podtree: Podtree) -> None:
+    """As with nohup(1): the command doesn't pass on what it was told to ignore."""
+    script = "trap 'echo hup' HUP; trap 'echo usr1' USR1; echo ready; while :; do sleep 0.05; done"
+    command = ["sh", "-c", 'trap "" HUP; exec "$@"', "sh", str(podtree.program), "run", "--name", "hup", "--"]
+    process = subprocess.Popen(
+        [*command, "sh", "-c", script], env=podtree.env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE
+    )
+    assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+    process.send_signal(signal.SIGHUP)
+    process.send_signal(signal.SIGUSR1)
+    assert process.stdout.readline() == b"usr1\n"
+    podtree("kill", "hup")
+    assert process.wait(20) == 137
+
+
 def test_killed_by_signal(podtree: Podtree) -> None:
     done = start(podtree, "run", "--rm", "--name", "dies", "--", "sleep", "1000")
     until(lambda: any(p["name"] == "dies" and p["state"] == "running" for p in podtree.pods()), "it runs")
@@ -265,6 +327,20 @@ def test_stop_insists(podtree: Podtree) -> None:
     began = time.monotonic()
     podtree("stop", "-t", "0.5", pod.name)
     assert 0.4 < time.monotonic() - began < 8 and pod.wait() == 137
+
+
+def test_kill_is_no_stop(podtree: Podtree) -> None:
+    """SIGKILL alone: a handler of SIGTERM has no part in it. stop can send another signal, and wait for ever."""
+    pod = podtree.run("sh", "-c", "trap 'echo term; exit 3' TERM; echo ready; while :; do sleep 0.01; done")
+    pod.wait_log("ready")
+    podtree("kill", pod.name)
+    assert pod.wait() == 137 and pod.logs() == "ready\n"
+    pod = podtree.run("sh", "-c", "trap 'exit 4' USR1; trap '' TERM; echo ready; while :; do sleep 0.05; done")
+    pod.wait_log("ready")
+    podtree("stop", "-s", "USR1", "-t", "-1", pod.name)
+    assert pod.wait() == 4
+    for timeout in ("nan", "-2", "x"):
+        podtree("stop", "-t", timeout, pod.name, code=2)
 
 
 def test_wait_waits(podtree: Podtree) -> None:

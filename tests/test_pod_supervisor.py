@@ -90,6 +90,39 @@ def test_exec_survives(podtree: Podtree) -> None:
     assert pod.running()
 
 
+def test_attached_exec_survives(podtree: Podtree) -> None:
+    """Its client gets every line once, also those of while nobody supervised the pod, and the exit code."""
+    pod = podtree.run("sleep", "1000")
+    script = "i=0; while [ $i -lt 150 ]; do i=$((i+1)); echo $i; sleep 0.02; done; exit 9"
+    process = start(podtree, "exec", pod.name, "--", "sh", "-c", script)
+    assert process.stdout is not None and process.stdout.readline() == b"1\n"
+    kill_supervisor(pod)
+    out, err = process.communicate(timeout=60)
+    assert [int(word) for word in out.split()] == list(range(2, 151))
+    assert process.returncode == 9 and b"may be missing" in err
+
+
+def test_foreground_run_ends_while_nobody_supervises(podtree: Podtree, tmp_path: Path) -> None:
+    """What it wrote last reaches the client, and the log; so do the exit codes of it and of an exec."""
+    script = "echo ready; while [ ! -e /mnt/go ]; do sleep 0.02; done; echo last words; exit 7"
+    front = start(podtree, "run", "--name", "last", "-v", f"{tmp_path}:/mnt", "--", "sh", "-c", script)
+    assert front.stdout is not None and front.stdout.readline() == b"ready\n"
+    pod = Pod(podtree, "last")
+    inside = start(podtree, "exec", "last", "--", "sh", "-c", "echo up; exec sleep 1000")
+    assert inside.stdout is not None and inside.stdout.readline() == b"up\n"
+    init, supervisor = int(pod.info()["pid"]), supervisor_of(pod)
+    (child,) = {int(pid) for pid in Path(f"/proc/{supervisor}/task/{supervisor}/children").read_text().split()} - {init}
+    os.kill(supervisor, signal.SIGSTOP)
+    try:
+        (tmp_path / "go").touch()
+        wait_gone(child)  # the kernel has killed it with the first process, which waits until it is reaped
+    finally:
+        os.kill(supervisor, signal.SIGKILL)
+    assert front.communicate(timeout=60)[0] == b"last words\n" and front.returncode == 7
+    assert inside.wait(60) == 137
+    assert pod.logs() == "ready\nlast words\n" and pod.wait() == 7
+
+
 def test_init_ends_while_nobody_supervises(podtree: Podtree) -> None:
     """Supervisor and pod are killed at the same instant: the keeper knows the exit code."""
     pod = podtree.run("sleep", "1000")

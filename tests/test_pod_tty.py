@@ -8,7 +8,7 @@ import struct
 import termios
 import time
 
-from driver import Podtree, until
+from driver import SYSTEM_PYTHON, Podtree, until
 from terminal import Terminal, attached
 
 
@@ -87,6 +87,20 @@ def test_hanging_up_detaches(podtree: Podtree) -> None:
     screen.expect("[#$] ")
     screen.close()
     assert podtree.pods()[0]["state"] == "running"
+
+
+def test_attaching_draws_anew(podtree: Podtree) -> None:
+    """A program that draws its screen hears of a changed window, also when the new one has the old one's size."""
+    program = "import signal, os\nsignal.signal(signal.SIGWINCH, lambda *_: print('drawn', os.get_terminal_size()))\n"
+    program += "print('ready')\nwhile True: signal.pause()"
+    screen = terminal(podtree, "run", "--name", "draws", "--", SYSTEM_PYTHON, "-uc", program)
+    screen.expect("ready")
+    screen.type("\x10\x11")
+    screen.expect("detached")
+    screen.close()
+    again = terminal(podtree, "attach", "draws")
+    again.expect(r"drawn os.terminal_size\(columns=100, lines=30\)")
+    again.close()
 
 
 def test_two_watch(podtree: Podtree) -> None:

@@ -281,7 +281,7 @@ class Checkpoint:
         """`n` new running pods from here; with a name and several: name-1, name-2..."""
         if n < 1:
             raise UsageError("branch: n must be at least 1")
-        names = [f"{name}-{number}" if name and n > 1 else name for number in range(1, n + 1)]
+        names = control.branch_names(self.pool.store, name, n)
         results = [control.start_branch(self.pool.store, self.record, one, spawn=True) for one in names]
         return [Pod(self.pool, PodId(result["id"])) for result in results]
 

@@ -33,16 +33,13 @@ def command(no_stdin: bool, detach_keys: str, as_json: bool, ref: str) -> None:
     if mode not in ("tty", "pipes"):
         sys.exit(_follow_log(pool, pod))
     terminal = mode == "tty" and proxy.is_terminal()
-
-    def connect() -> control.Client:
-        client = control.connect(pool, pod)
-        client.call("attach", size=common.terminal_size() if terminal else None)
-        return client
-
+    client = control.connect(pool, pod)
+    client.call("attach", size=common.terminal_size() if terminal else None)
     signals = proxy.Signals(terminal=terminal)
     joined = proxy.Proxy(
-        connect(), signals, terminal=terminal, stdin=not no_stdin, detach_keys=keys, reconnect=connect
-    )
+        client, signals, terminal=terminal, stdin=not no_stdin, detach_keys=keys,
+        reconnect=lambda: proxy.come_back(pool, pod),
+    )  # fmt: skip
     code = joined.run()
     if code is None:
         proxy.say(f"\ndetached from {pod.name}")

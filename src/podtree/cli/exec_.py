@@ -46,15 +46,17 @@ def command(
     signals = proxy.Signals(terminal=terminal)
     client, result = control.execute(
         pool, pod, argv, stdio=stdio, env=env, cwd=workdir, user=user,
-        size=common.terminal_size() if tty else None, attach=not detach,
+        size=common.terminal_size() if tty else None, attach=not detach, merged=proxy.outputs_are_one(),
     )  # fmt: skip
     if detach:
         common.print_json({"pod": pod.name, "pid": result["pid"]}) if as_json else None
         return
     stdin = interactive or terminal
-    if not stdin:
-        client.send({"eof": True})
-    code = proxy.Proxy(client, signals, terminal=terminal, stdin=stdin, detach_keys=keys).run()
+    joined = proxy.Proxy(
+        client, signals, terminal=terminal, stdin=stdin, end_stdin=not stdin, detach_keys=keys,
+        reconnect=lambda: proxy.come_back(pool, pod, result["name"]),
+    )  # fmt: skip
+    code = joined.run()
     if code is None:
         proxy.say(f"\ndetached; it runs on in {pod.name}")
     sys.exit(code or 0)

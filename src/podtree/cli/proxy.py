@@ -19,14 +19,19 @@ from types import FrameType
 
 import msgspec
 
-from podtree.errors import PodtreeError
+from podtree.errors import NotFound, PodtreeError
 from podtree.kernel import tty
+from podtree.pod import control
 from podtree.pod.control import Client
+from podtree.pod.live import INIT
+from podtree.pool.pool import Pool
+from podtree.pool.records import PodRecord
 
 _FORWARDED = (
     signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2,
 )  # fmt: skip
 _CHUNK = 1 << 16
+_REPLACED_S = 10.0  # how long it may take until another supervisor answers
 
 
 class Signals:
@@ -36,8 +41,10 @@ class Signals:
         self.fd, self._wake = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self.caught: list[int] = []
         # With a terminal, ^C and the like are bytes; what else comes is meant for this command.
-        self._numbers = (signal.SIGWINCH, signal.SIGHUP, signal.SIGTERM) if terminal else _FORWARDED
-        self._old = {number: signal.signal(number, self._catch) for number in self._numbers}
+        numbers = (signal.SIGWINCH, signal.SIGHUP, signal.SIGTERM) if terminal else _FORWARDED
+        # What is ignored stays so, as for any program: nohup(1), background jobs of scripts.
+        caught = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+        self._old = {number: signal.signal(number, self._catch) for number in caught}
 
     def _catch(self, number: int, _frame: FrameType | None) -> None:
         self.caught.append(number)
@@ -74,7 +81,9 @@ def raw_terminal(enabled: bool) -> Iterator[None]:
 
 
 class Proxy:
-    """One attached client. `reconnect` gives a new one after the supervisor was replaced, or raises."""
+    """One attached client. `reconnect` gives a new one after the supervisor was replaced, or the exit code if
+    the program has ended since, or raises. Without `stdin` nothing is read; `end_stdin`: the program is told so.
+    """
 
     def __init__(
         self,
@@ -83,13 +92,15 @@ class Proxy:
         *,
         terminal: bool,
         stdin: bool = True,
+        end_stdin: bool = False,
         detach_keys: bytes = b"",
-        reconnect: Callable[[], Client] | None = None,
+        reconnect: Callable[[], Client | int],
     ) -> None:
         self._client = client
         self._signals = signals
         self._terminal = terminal
         self._stdin = stdin
+        self._ended = end_stdin
         self._keys = detach_keys if terminal else b""
         self._typed = b""  # of the detach keys
         self._reconnect = reconnect
@@ -99,6 +110,8 @@ class Proxy:
 
     def run(self) -> int | None:
         """Until the program ends: its exit code. None: detached."""
+        if self._ended:
+            self._send({"eof": True})
         with raw_terminal(self._terminal and self._stdin):
             return self._run()
 
@@ -123,18 +136,25 @@ class Proxy:
                     if outcome is not None:
                         return None if outcome < 0 else outcome
             except ConnectionError:
-                if (outcome := self._take_rest()) is not None:
+                outcome = self._take_rest()
+                if outcome is None:
+                    outcome = self._connect_again()
+                if outcome is not None:
                     return None if outcome < 0 else outcome
-                self._connect_again()
 
-    def _connect_again(self) -> None:
-        """The supervisor died; another one takes over the pod."""
-        if self._reconnect is None:
-            raise PodtreeError("the pod's supervisor is gone") from None
+    def _connect_again(self) -> int | None:
+        """The supervisor died; another one takes over the pod. What the dead one had read is lost."""
         self._client.close()
-        self._client = self._reconnect()
+        say("podtree: the pod's supervisor was replaced; some input or output may be missing here", self._terminal)
+        again = self._reconnect()
+        if isinstance(again, int):
+            return again
+        self._client = again
         self._in.clear()
         self._out.clear()
+        if self._ended:
+            self._send({"eof": True})
+        return None
 
     def _send(self, message: dict[str, object]) -> None:
         data = msgspec.msgpack.encode(message)
@@ -166,6 +186,7 @@ class Proxy:
         except OSError:
             data = b""
         if not data:
+            self._ended = True
             self._send({"eof": True})
             return False
         if self._keys:
@@ -245,7 +266,37 @@ def is_terminal() -> bool:
     return sys.stdin is not None and os.isatty(0) and os.isatty(1)
 
 
-def say(text: str) -> None:
-    """A line for the user, who may have hung up."""
+def outputs_are_one() -> bool:
+    """Whether stdout and stderr go to the same place, as after 2>&1."""
+    one, other = os.fstat(1), os.fstat(2)
+    return (one.st_dev, one.st_ino) == (other.st_dev, other.st_ino)
+
+
+def say(text: str, raw: bool = False) -> None:
+    """A line for the user, who may have hung up; `raw`: on a terminal in raw mode."""
     with contextlib.suppress(OSError):
-        os.write(2, f"{text}\n".encode())
+        os.write(2, f"\r\n{text}\r\n".encode() if raw else f"{text}\n".encode())
+
+
+def come_back(pool: Pool, pod: PodRecord, name: str = INIT) -> Client | int:
+    """Attach again to the stdio `name` of a pod, of which the supervisor was replaced; or the pod's exit code."""
+    deadline = time.monotonic() + _REPLACED_S
+    while True:
+        try:
+            client = control.connect(pool, pod)
+            client.call("attach", name=name)
+            return client
+        except PodtreeError:
+            running = _runs(pool, pod)
+            if not running and name == INIT:
+                return control.exit_code(pool, pod)
+            if not running or time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
+
+
+def _runs(pool: Pool, pod: PodRecord) -> bool:
+    try:
+        return pool.pod(pod.id).is_running
+    except NotFound:  # it was run with --rm
+        return False

@@ -27,7 +27,7 @@ from podtree.pool.pool import Pool
 @click.option("--memory", metavar="SIZE", help="At most this much memory: 512m.")
 @click.option("--cpus", type=float, metavar="N", help="At most this many CPUs: 1.5.")
 @click.option("--pids", type=int, metavar="N", help="At most this many tasks.")
-@click.option("--rm", "remove", is_flag=True, help="Remove the pod when it ends.")
+@click.option("--rm", "remove", is_flag=True, help="Remove the pod when it ends, unless it has checkpoints.")
 @click.option("--detach-keys", default=specs.DEFAULT_DETACH_KEYS, show_default=True, metavar="KEYS")
 @common.json_option
 @click.argument("argv", nargs=-1, type=click.UNPROCESSED, metavar="-- COMMAND [ARGUMENT]...")
@@ -67,6 +67,7 @@ def command(
         user=user,
         stdio=stdio,
         interactive=interactive,
+        merged=not detach and proxy.outputs_are_one(),
         volumes=tuple(specs.parse_volume(v) for v in volume),
         rootfs=rootfs.prepare(pool.root, root) if root else None,
         memory=specs.parse_size(memory) if memory else None,
@@ -89,12 +90,9 @@ def _foreground(
     pod = control.create(pool, name, spec)
     client, _ = control.start_or_remove(pool, pod, attach=True, size=size)
 
-    def reconnect() -> control.Client:
-        again = control.connect(pool, pod)
-        again.call("attach")
-        return again
-
-    joined = proxy.Proxy(client, signals, terminal=terminal, detach_keys=keys, reconnect=reconnect)
+    joined = proxy.Proxy(
+        client, signals, terminal=terminal, detach_keys=keys, reconnect=lambda: proxy.come_back(pool, pod)
+    )
     code = joined.run()
     if code is None:
         proxy.say(f"\ndetached from {pod.name}: podtree attach {pod.name}")

@@ -22,6 +22,7 @@ from podtree.pod.dirs import PodDirs
 from podtree.pod.keeper import CONTROL
 from podtree.pod.nursery import Start
 from podtree.pod.spec import PodSpec, StdioMode
+from podtree.pool import refs
 from podtree.pool.pool import Pool
 from podtree.pool.records import CheckpointRecord, PodRecord
 
@@ -256,10 +257,11 @@ def execute(
     user: str | None = None,
     size: tuple[int, int] | None = None,
     attach: bool = True,
+    merged: bool = False,
 ) -> tuple[Client, dict[str, Any]]:
     """A process in a running pod, with the pod's own variables, directory and user where none are given.
 
-    The result has its host pid; the client is attached to its stdio.
+    `merged` as in PodSpec. The result has its host pid; the client is attached to its stdio.
     """
     own = PodSpec.from_dict(pod.spec)
     variables = {**own.env, **specs.extra_environment(env)}
@@ -267,7 +269,7 @@ def execute(
         variables.setdefault("TERM", os.environ.get("TERM", "xterm"))
     spec = PodSpec(
         argv=argv, env=variables, cwd=own.cwd if cwd is None else cwd, hostname=own.hostname,
-        user=own.user if user is None else user, stdio=stdio,
+        user=own.user if user is None else user, stdio=stdio, merged=merged,
     )  # fmt: skip
     specs.check(spec)
     client = connect(pool, pod)
@@ -285,8 +287,6 @@ def checkpoint(
     if as_text(message) != message:
         raise UsageError(f"the message is not valid UTF-8: {message}")
     if tag is not None:
-        from podtree.pool import refs
-
         refs.check_name(tag, "tag")
     result = call(pool, pod, "checkpoint", message=message, stop=stop)
     if tag is not None:
@@ -311,6 +311,16 @@ def commit(pool: Pool, winner: PodRecord, origin: PodRecord) -> PodRecord:
     if origin.is_running:
         end_pod(pool, origin)
     return pool.commit_pod(winner.id, origin.id)
+
+
+def branch_names(pool: Pool, name: str | None, count: int) -> list[str | None]:
+    """`name`, or for several name-1, name-2...; raises Conflict when one is taken, before any branch is made."""
+    if name is None:
+        return [None] * count
+    names = [name] if count == 1 else [f"{name}-{number}" for number in range(1, count + 1)]
+    for one in names:
+        pool.check_free(refs.check_name(one, "pod"))
+    return list(names)
 
 
 def start_branch(

@@ -23,7 +23,7 @@ from podtree.kernel.namespaces import Clone, clone_python, setns
 from podtree.kernel.pidfd import pidfd_open
 from podtree.kernel.prctl import Prctl, prctl
 from podtree.pod import wire
-from podtree.pod.launch import LaunchFailed, PodStdio
+from podtree.pod.launch import LaunchFailed, PodStdio, make_pipes
 from podtree.pod.live import ExecSession, LivePod, StdioEnds
 from podtree.pod.program import become
 from podtree.pod.spec import PodSpec
@@ -70,7 +70,7 @@ def enter(
     if ends.mode == "tty":
         ends.console = fds[0]
     elif ends.mode == "pipes":
-        ends.pipes = (fds[0], fds[1], fds[2])
+        ends.pipes = (fds[0], fds[1], None if spec.merged else fds[2])
     child = int(message["pid"])
     return Entered(ExecSession(name, child, pidfd_open(child)), ends, spec.argv[0], report_r)
 
@@ -134,9 +134,8 @@ def _make_stdio(spec: PodSpec, size: tuple[int, int] | None) -> tuple[PodStdio, 
         slave = tty.open_slave(master)
         return PodStdio("tty", (slave, slave, slave), ends.index), ends
     if spec.stdio == "pipes":
-        (in_r, in_w), (out_r, out_w), (err_r, err_w) = (os.pipe2(os.O_CLOEXEC) for _ in range(3))
-        ends.pipes = (in_w, out_r, err_r)
-        return PodStdio("pipes", (in_r, out_w, err_w)), ends
+        stdio, ends.pipes = make_pipes(spec.merged)
+        return stdio, ends
     null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
     return PodStdio("null", (null, null, null)), ends
 

@@ -70,10 +70,10 @@ class Builder:
     given: list[int] = field(default_factory=list)
     _spare_ptys: dict[int, int] = field(default_factory=dict)
 
-    def make_stdio(self, name: str, mode: StdioMode, index: int = 0) -> PodStdio:
+    def make_stdio(self, name: str, mode: StdioMode, index: int = 0, *, merged: bool = False) -> PodStdio:
         """Make new stdio; the supervisor's side comes to it in Launched.stdio under the same name.
 
-        For "tty", `index` is the wanted number in /dev/pts.
+        For "tty", `index` is the wanted number in /dev/pts; for "pipes", `merged` as in PodSpec.
         """
         ends = StdioEnds(mode)
         if mode == "tty":
@@ -81,9 +81,7 @@ class Builder:
             slave = tty.open_slave(ends.console)
             pod = PodStdio(mode, (slave, slave, slave), index)
         elif mode == "pipes":
-            (in_r, in_w), (out_r, out_w), (err_r, err_w) = (os.pipe2(os.O_CLOEXEC) for _ in range(3))
-            ends.pipes = (in_w, out_r, err_r)
-            pod = PodStdio(mode, (in_r, out_w, err_w))
+            pod, ends.pipes = make_pipes(merged)
         else:
             null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
             out = self.open_log() if mode == "log" else null
@@ -255,7 +253,7 @@ def _builder_main(
         wire.isolate_child([channel.fileno(), go_r, builder.log_fd, builder.report_fd, *inherit])
         _make_world(builder, clock)
         _enter_cgroup_namespace(channel)
-        builder.make_stdio(INIT, builder.spec.stdio)
+        builder.make_stdio(INIT, builder.spec.stdio, merged=builder.spec.merged)
         _show_console(builder)
         gc.disable()  # the descriptor table is shared from here on: a collection must not close anything
         pid = clone_python(Clone.PARENT | Clone.FILES)
@@ -274,6 +272,15 @@ def _builder_main(
             wire.send(channel, None, [])
         os._exit(1)
     os._exit(0)
+
+
+def make_pipes(merged: bool) -> tuple[PodStdio, tuple[int, int, int | None]]:
+    """Three pipes, or with `merged` one for stdin and one for both outputs: the pod's side, the supervisor's."""
+    (in_r, in_w), (out_r, out_w) = os.pipe2(os.O_CLOEXEC), os.pipe2(os.O_CLOEXEC)
+    if merged:
+        return PodStdio("pipes", (in_r, out_w, out_w)), (in_w, out_r, None)
+    err_r, err_w = os.pipe2(os.O_CLOEXEC)
+    return PodStdio("pipes", (in_r, out_w, err_w)), (in_w, out_r, err_r)
 
 
 def _make_world(builder: Builder, clock: ClockOffsets) -> None:

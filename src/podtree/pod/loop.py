@@ -20,7 +20,7 @@ import msgspec
 Callback = Callable[[], object]
 _LONGEST_FRAME = 64 << 20
 _LONGEST_WAIT_S = 1e6  # epoll_wait(2) counts milliseconds in an int
-HIGH_WATER = 1 << 20  # bytes that wait for a slow reader before its writer is paused
+HIGH_WATER = 1 << 20  # bytes that wait for a pod that doesn't read before who writes to it is paused
 
 
 class Timer:
@@ -195,5 +195,5 @@ class Connection:
             self.close()
             return
         self._watch()
-        if self.on_drain is not None and len(self._out) < HIGH_WATER:
+        if self.on_drain is not None and not self._out:
             self.on_drain()

@@ -31,7 +31,10 @@ def prepare(pool_root: Path, source: str) -> str:
     if not path.is_file():
         raise UsageError(f"--rootfs {source}: no such directory or tar file")
     if not tarfile.is_tarfile(path):
-        raise UsageError(f"--rootfs {source}: neither a directory nor a tar file")
+        raise UsageError(
+            f"--rootfs {source}: neither a directory nor a tar file",
+            "a tar file may be compressed by gzip, bzip2 or xz; unpack others into a directory",
+        )
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         target = pool_root / "rootfs" / digest[:32]

@@ -46,6 +46,7 @@ class PodSpec(msgspec.Struct, frozen=True, kw_only=True):
     user: str = ""  # "", "name", "uid", "name:group", "uid:gid": looked up in the pod's own files
     stdio: StdioMode = "log"
     interactive: bool = False  # keep stdin open while nobody is attached
+    merged: bool = False  # with "pipes": stdout and stderr are the same one, so that their order is kept
     volumes: tuple[Volume, ...] = ()
     rootfs: str | None = None  # a directory of the host; None: the host's own root
     memory: int | None = None

@@ -12,9 +12,10 @@ from collections.abc import Callable
 
 from podtree.kernel import tty
 from podtree.pod.live import StdioEnds
-from podtree.pod.loop import HIGH_WATER, Connection, Loop
+from podtree.pod.loop import HIGH_WATER, Connection, Loop, Timer
 
 _CHUNK = 1 << 16
+_REDRAW_S = 0.05  # long enough for a program to look at its window's size
 
 
 class Stdio:
@@ -31,6 +32,8 @@ class Stdio:
         self._on_closed = on_closed
         self._input = bytearray()
         self._end_of_input = False
+        self._held = False
+        self._resize_back: Timer | None = None
         self._sources: dict[int, int] = {}  # read end or master: 1 for stdout (and a terminal), 2 for stderr
         for fd in ends.fds():
             os.set_blocking(fd, False)
@@ -51,7 +54,12 @@ class Stdio:
         self.clients.append(client)
         client.on_drain = self._watch
         if size:
-            self.resize(*size)
+            rows, columns = size
+            if self.ends.console is not None and tty.get_size(self.ends.console) == (rows, columns):
+                self.resize(rows, columns + 1)  # a change makes a full-screen program draw anew
+                self._resize_back = self._loop.later(_REDRAW_S, functools.partial(self.resize, rows, columns))
+            else:
+                self.resize(rows, columns)
 
     def detach(self, client: Connection) -> None:
         """The reverse."""
@@ -60,8 +68,16 @@ class Stdio:
             client.on_drain = None
             self._watch()
 
+    def hold(self, held: bool) -> None:
+        """Let what comes out wait in the pod, or not any more."""
+        self._held = held
+        self._watch()
+
     def resize(self, rows: int, columns: int) -> None:
         """Tell the terminal its size; no terminal: nothing."""
+        if self._resize_back is not None:
+            self._resize_back.cancel()
+            self._resize_back = None
         if self.ends.console is not None and 0 < rows < 1 << 16 and 0 < columns < 1 << 16:
             tty.set_size(self.ends.console, rows, columns)
 
@@ -99,7 +115,8 @@ class Stdio:
 
     def _watch(self) -> None:
         """What is to be waited for, by what is queued in which direction."""
-        full = any(client.waiting > HIGH_WATER for client in self.clients)
+        # A reader that is behind makes the pod wait at once: what is queued here is lost with this process.
+        full = self._held or any(client.waiting for client in self.clients)
         for client in self.clients:
             client.pause(len(self._input) > HIGH_WATER)
         for fd, number in self._sources.items():

@@ -12,7 +12,9 @@ import signal
 import socket
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -20,6 +22,7 @@ import msgspec
 from podtree.errors import Conflict, PodtreeError, UsageError
 from podtree.kernel.pidfd import has_ended, pidfd_open, pidfd_send_signal
 from podtree.pod import cgroup, engine, hop, keeper, seccomp, wire
+from podtree.pod.attached import Attachments
 from podtree.pod.cgroup import Cgroup
 from podtree.pod.dirs import PodDirs
 from podtree.pod.enter import Entered, enter
@@ -36,6 +39,7 @@ _LINGER_S = 10.0  # how long an attached client may take to fetch the last of th
 _RETRY_S = 3.0
 _END_S = 60.0  # how long the processes of a pod may take to end, once they are killed
 _TEND_S = 0.05
+_UNKNOWN = 255  # the exit code of a process of which nobody could note it
 _REPORT_S = 10.0  # from entering a pod to execve; a process of the pod may have got hold of the report pipe
 
 
@@ -60,14 +64,13 @@ class Supervisor:
         self.pool = Pool.open(dirs.home)
         self.record = self.pool.pod(start.pod_id)
         self.spec = PodSpec.from_dict(self.record.spec)
-        self.stdio: dict[str, Stdio] = {}
+        self.clients = Attachments(self.loop, interactive=self.spec.interactive, changed=self._tell_state)
         self._listener = listener
         self._keeper: socket.socket | None = keeper_channel
         self._held = held
         self._hop_fd = hop.open_hop()
         self._filter = seccomp.load(dirs.home)
         self._connections: set[Connection] = set()
-        self._attached: dict[Connection, str] = {}  # to the stdio of this name
         self._waiting: list[Connection] = []
         self._serial = 0
         self._finished = False
@@ -92,7 +95,7 @@ class Supervisor:
             return
         assert self.live is not None
         if self.start.attach:
-            self._attach(client, INIT, self.start.size)
+            self.clients.attach(client, INIT, None)
         self._listen()
         ready_ms = (time.monotonic() - begun) * 1e3
         client.send({"ok": {"pod": self.record.name, "id": self.record.id, "pid": self.live.init_pid,
@@ -122,8 +125,11 @@ class Supervisor:
             launched.cgroup, clock, launched.stdio, sessions,
         )  # fmt: skip
 
-    def install(self, live: LivePod) -> None:
-        """Take charge of a pod that has just begun to run: launched, restored, or a predecessor's."""
+    def install(self, live: LivePod, expected: Sequence[str] = ()) -> None:
+        """Take charge of a pod that has just begun to run: launched, restored, or a predecessor's.
+
+        `expected`: the stdio to which clients of a predecessor were attached.
+        """
         self.live = live
         if self.spec.cpus is not None:
             live.cgroup.limit_cpus(self.spec.cpus)
@@ -131,17 +137,15 @@ class Supervisor:
         for name, ends in live.stdio.items():
             holds.update(_holds(name, ends))
         self._tell_keeper({"hold": list(holds), "state": self._state()}, list(holds.values()))
-        log = live.log_path if self.spec.stdio in ("tty", "pipes") else None
-        for name, ends in live.stdio.items():
-            log_fd = None if log is None or name != INIT else _open_log(self.dirs)
-            self.stdio[name] = self._make_stdio(name, ends, log_fd)
-        self.loop.watch(live.init_pidfd, read=self._init_ended)
+        self._make_all_stdio(live.stdio, expected)
+        self.loop.watch(live.init_pidfd, read=lambda: self._when_back(INIT, live.init_pidfd, self._init_ended))
         for session in live.sessions.values():
             self._watch_session(session)
         for name in live.stdio:
-            if name != INIT:  # whoever was connected is connected to the origin
+            if name != INIT:
                 self._serial = max(self._serial, int(name.rpartition("-")[2]))
-                self.stdio[name].end_input()
+                if name not in expected:  # whoever was connected is connected to the origin
+                    self.clients.stdio[name].end_input()
         self.checkpointer = engine.checkpointer(live)
         if live.filling is not None:
             self._watch_filling(os.dup(live.filling.fileno()))
@@ -181,11 +185,18 @@ class Supervisor:
             except PodtreeError:  # exit.json has the code, and the index will see that the pod is gone
                 traceback.print_exc()
 
+    def _make_all_stdio(self, all_ends: dict[str, StdioEnds], expected: Sequence[str]) -> None:
+        logged = self.spec.stdio in ("tty", "pipes")
+        for name, ends in all_ends.items():
+            log_fd = _open_log(self.dirs) if logged and name == INIT else None
+            self.clients.stdio[name] = self._make_stdio(name, ends, log_fd)
+        self.clients.expect(expected)
+
     def _make_stdio(self, name: str, ends: StdioEnds, log_fd: int | None) -> Stdio:
         def closed() -> None:
             """The keeper's copy would keep the other side from noticing."""
-            gone = [f"{name}:{number}" for number, fd in enumerate(ends.pipes) if fd is None]
-            self._tell_keeper({"drop": gone, "state": self._state()})
+            self._tell_keeper({"drop": [f"{name}:{number}" for number, fd in enumerate(ends.pipes) if fd is None]})
+            self._tell_state()
 
         return Stdio(self.loop, ends, log_fd, closed)
 
@@ -204,30 +215,54 @@ class Supervisor:
             pidfd = pidfd_open(state["init_pid"])
         except ProcessLookupError:
             pidfd = -1
+        expected = [name for name in state["attached"] if name in stdio]
         if pidfd < 0 or (self.dirs.pod / "exit.json").exists():
-            self._adopt_ended(group)
+            self._adopt_ended(group, stdio, state["sessions"], expected)
             return
-        sessions = {}
+        sessions, ended = {}, {}
         for name, pid in state["sessions"].items():
-            with contextlib.suppress(ProcessLookupError):
-                sessions[name] = ExecSession(name, pid, pidfd_open(pid))
+            try:
+                process = pidfd_open(pid)
+            except ProcessLookupError:
+                process = -1
+            if process < 0 or self._noted(pid).exists():  # the number may be another's already
+                ended[name] = self._take_note(pid)
+            else:
+                sessions[name] = ExecSession(name, pid, process)
         clock = ClockOffsets(*state["clock"])
         self.install(
             LivePod(
                 self.record.id, self.spec, self.dirs, state["init_pid"], pidfd, held["root"], group, clock,
                 stdio, sessions,
-            )
+            ),
+            expected,
         )  # fmt: skip
+        for name, code in ended.items():
+            self.clients.when_back(name, partial(self._session_over, name, code))
         self.checkpointer.recover()
         self._tend()
         self._listen()
 
-    def _adopt_ended(self, group: Cgroup) -> None:
-        """The pod ended while nobody supervised it."""
+    def _adopt_ended(
+        self, group: Cgroup, stdio: dict[str, StdioEnds], sessions: dict[str, int], expected: Sequence[str]
+    ) -> None:
+        """The pod ended while nobody supervised it. What it wrote last is still in its pipes or its terminal."""
         self.exit_code = keeper.read_exit(self.dirs.pod / "exit.json")
+        codes = {name: self._take_note(pid, 128 + signal.SIGKILL) for name, pid in sessions.items()}
         group.remove()
+        self._make_all_stdio(stdio, expected)
         self._listen()
-        self._finish()
+        left = set(stdio)
+
+        def over(name: str) -> None:
+            code = self.exit_code if name == INIT else codes.get(name)
+            self.clients.end(name, _UNKNOWN if code is None else code)
+            left.discard(name)
+            if not left:
+                self._finish()
+
+        for name in stdio:
+            self.clients.when_back(name, partial(over, name))
 
     def _state(self) -> dict[str, Any]:
         assert self.live is not None
@@ -239,7 +274,12 @@ class Supervisor:
             "stdio": {name: msgspec.to_builtins(ends) for name, ends in live.stdio.items()},
             "sessions": {name: session.pid for name, session in live.sessions.items()},
             "serial": self._serial,
+            "attached": self.clients.attached(),
         }
+
+    def _tell_state(self) -> None:
+        if self.live is not None:
+            self._tell_keeper({"state": self._state()})
 
     def _tell_keeper(self, message: dict[str, Any], fds: list[int] | None = None) -> None:
         if self._keeper is not None:
@@ -284,7 +324,7 @@ class Supervisor:
 
     def _gone(self, client: Connection) -> None:
         self._connections.discard(client)
-        self._detach(client)
+        self.clients.detach(client)
         if client in self._waiting:
             self._waiting.remove(client)
 
@@ -292,7 +332,7 @@ class Supervisor:
         """A request, or what an attached client sends on."""
         try:
             if "do" not in message:
-                self._attached_sent(client, message)
+                self.clients.hear(client, message, self._signal_to)
                 return
             request = _REQUESTS.get(str(message["do"]))
             if request is None:
@@ -321,40 +361,12 @@ class Supervisor:
             raise Conflict(f"pod {self.record.name} has ended")
         return self.live
 
-    # ---- stdio of clients
-
-    def _attach(self, client: Connection, name: str, size: tuple[int, int] | None) -> None:
-        self._attached[client] = name
-        self.stdio[name].attach(client, size)
-
-    def _detach(self, client: Connection) -> None:
-        name = self._attached.pop(client, None)
-        if name is not None and name in self.stdio:
-            self.stdio[name].detach(client)
-            if name not in self._attached.values() and (name != INIT or not self.spec.interactive):
-                self.stdio[name].end_input()  # nobody is left to type
-
-    def _attached_sent(self, client: Connection, message: dict[str, Any]) -> None:
-        name = self._attached.get(client)
-        if name is None or name not in self.stdio:
-            return
-        stdio = self.stdio[name]
-        if "in" in message:
-            stdio.write(message["in"])
-        elif "size" in message:
-            stdio.resize(*message["size"])
-        elif "signal" in message and self.live is not None:
+    def _signal_to(self, name: str, number: int) -> None:
+        """A signal for the process that a stdio is of."""
+        if self.live is not None:
             pidfd = self.live.init_pidfd if name == INIT else self.live.sessions[name].pidfd
             with contextlib.suppress(ProcessLookupError):
-                pidfd_send_signal(pidfd, int(message["signal"]))
-        elif "eof" in message:
-            stdio.end_input()
-        elif "closed" in message and len(stdio.clients) == 1:
-            stdio.end_output(int(message["closed"]))
-        elif "detach" in message:
-            self.stdio[name].detach(client)
-            self._attached.pop(client)
-            client.send({"detached": True})
+                pidfd_send_signal(pidfd, number)
 
     # ---- requests: each gives the reply, or None when it replies later
 
@@ -365,16 +377,19 @@ class Supervisor:
             "pid": live.init_pid,
             "supervisor": os.getpid(),
             "stdio": self.spec.stdio,
-            "attached": len(self._attached),
+            "attached": len(self.clients),
             "sessions": {name: session.pid for name, session in live.sessions.items()},
             "pids": live.pids(),
         }
 
     def _do_attach(self, client: Connection, message: dict[str, Any]) -> dict[str, Any]:
-        self.running()
-        if self.spec.stdio not in ("tty", "pipes"):
+        name = str(message.get("name", INIT))
+        if name not in self.clients.stdio:
+            self.running()
+            raise Conflict(f"the command that was run in pod {self.record.name} has ended")
+        if name == INIT and self.spec.stdio not in ("tty", "pipes"):
             raise Conflict(f"pod {self.record.name} writes to its log only", "podtree logs -f follows it")
-        self._attach(client, INIT, message.get("size"))
+        self.clients.attach(client, name, message.get("size"))
         return {"stdio": self.spec.stdio}
 
     def _do_signal(self, client: Connection, message: dict[str, Any]) -> dict[str, Any]:
@@ -444,13 +459,13 @@ class Supervisor:
                     os.close(fd)
                 client.send(wire.encode_error(failure))
                 return
-            self.stdio[session.name] = self._make_stdio(session.name, entered.ends, None)
+            self.clients.stdio[session.name] = self._make_stdio(session.name, entered.ends, None)
             if failure is not None:
                 client.send(wire.encode_error(failure))
             else:
                 client.send({"ok": {"pid": session.pid, "name": session.name}})
                 if attach and not client.closed:
-                    self._attach(client, session.name, None)
+                    self.clients.attach(client, session.name, None)
             self._watch_session(session)
 
         timer = self.loop.later(_REPORT_S, known)
@@ -458,7 +473,7 @@ class Supervisor:
 
     def drain_output(self) -> None:
         """Everything that the pod has written so far is in the log, and on its way to who is attached."""
-        for stdio in self.stdio.values():
+        for stdio in self.clients.stdio.values():
             stdio.drain()
 
     def _do_checkpoint(self, client: Connection, message: dict[str, Any]) -> dict[str, Any]:
@@ -476,35 +491,40 @@ class Supervisor:
     # ---- ends
 
     def _watch_session(self, session: ExecSession) -> None:
-        self.loop.watch(session.pidfd, read=lambda: self._session_ended(session))
+        def ended() -> None:
+            if self.live is not None and self.live.sessions.get(session.name) is session:
+                self._session_ended(session)
+
+        self.loop.watch(session.pidfd, read=lambda: self._when_back(session.name, session.pidfd, ended))
+
+    def _when_back(self, name: str, pidfd: int, call: Callable[[], None]) -> None:
+        """A process has ended: see to it once whoever is expected to want its output is there."""
+        self.loop.forget(pidfd)
+        self.clients.when_back(name, call)
 
     def _session_ended(self, session: ExecSession) -> None:
         """A process that `exec` started has ended."""
         self.loop.forget(session.pidfd)
         os.close(session.pidfd)
-        code = self._reap(session.pid, self.dirs.run / f"exit-{session.pid}.json")
-        self._end_stdio(session.name, code)
+        self._session_over(session.name, self._reap(session.pid, self._noted(session.pid)))
+
+    def _session_over(self, name: str, code: int) -> None:
+        self.clients.end(name, code)
         if self.live is not None:
-            self.live.sessions.pop(session.name, None)
-            ends = self.live.stdio.pop(session.name, None)
-            if ends is not None:
-                names = [f"{session.name}:{part}" for part in "c012"]
-                self._tell_keeper({"drop": names, "state": self._state()})
+            self.live.sessions.pop(name, None)
+            if self.live.stdio.pop(name, None) is not None:
+                self._tell_keeper({"drop": [f"{name}:{part}" for part in "c012"], "state": self._state()})
 
-    def _end_stdio(self, name: str, code: int) -> None:
-        """Pass on what is left of the output, and the exit code to who is attached."""
-        stdio = self.stdio.pop(name, None)
-        if stdio is None:  # of an exec that has just begun
-            return
-        stdio.drain()
-        stdio.close()
-        for client in stdio.clients:
-            self._attached.pop(client, None)
-            client.on_drain = None
-            client.pause(False)
-            client.send({"exit": code})
+    def _noted(self, pid: int) -> Path:
+        """Where the keeper notes how a process of `exec` ended whose parent it had become."""
+        return self.dirs.run / f"exit-{pid}.json"
 
-    def _reap(self, pid: int, noted: Any) -> int:
+    def _take_note(self, pid: int, otherwise: int = _UNKNOWN) -> int:
+        code = keeper.read_exit(self._noted(pid))
+        self._noted(pid).unlink(missing_ok=True)  # the number may come again
+        return otherwise if code is None else code
+
+    def _reap(self, pid: int, noted: Path) -> int:
         """The exit code of a process that has ended: ours to wait for, or the keeper's, who notes it."""
         try:
             _, status = os.waitpid(pid, 0)
@@ -512,7 +532,9 @@ class Supervisor:
             deadline = time.monotonic() + 2
             while (code := keeper.read_exit(noted)) is None and time.monotonic() < deadline:
                 time.sleep(0.005)
-            return 255 if code is None else code
+            if noted.name != "exit.json":
+                noted.unlink(missing_ok=True)  # the number may come again
+            return _UNKNOWN if code is None else code
         code = os.waitstatus_to_exitcode(status)
         if noted.name == "exit.json":
             keeper.write_exit(noted, status)
@@ -529,10 +551,12 @@ class Supervisor:
         self._release(self._reap(live.init_pid, self.dirs.pod / "exit.json"))
 
     def _init_ended(self) -> None:
-        live = self.running()
+        live = self.live
+        if live is None or not has_ended(live.init_pidfd, 0):  # rewound since
+            return
         self.exit_code = self._reap(live.init_pid, self.dirs.pod / "exit.json")
         self._release(self.exit_code)
-        self._end_stdio(INIT, self.exit_code)
+        self.clients.end(INIT, self.exit_code)
         self._finish()
 
     def _release(self, code: int) -> None:
@@ -551,22 +575,19 @@ class Supervisor:
 
     def take_clients(self) -> list[Connection]:
         """Those attached to the first process, for the one that takes its place; its stdio is closed."""
-        stdio = self.stdio.pop(INIT)
-        stdio.drain()
-        stdio.close()
-        return [client for client in stdio.clients if not client.closed]
+        return self.clients.close(INIT)
 
     def give_clients(self, clients: list[Connection]) -> None:
         """The reverse."""
         for client in clients:
-            self._attach(client, INIT, None)
+            self.clients.attach(client, INIT, None)
 
     def _finish(self) -> None:
         """The pod's story is over: note it, tell everybody, leave."""
         self._finished = True
         self._note_end()
-        if self.spec.auto_remove:
-            with contextlib.suppress(PodtreeError):
+        with contextlib.suppress(PodtreeError):
+            if self.spec.auto_remove and not self.pool.checkpoints(self.record.id):
                 self.pool.remove_pod(self.record.id)
         self.loop.forget(self._listener.fileno())
         keeper.remove_run_dir(self.dirs)
