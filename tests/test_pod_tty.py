@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import fcntl
 import os
+import signal
 import struct
 import termios
 import time
+from pathlib import Path
 
 from driver import SYSTEM_PYTHON, Podtree, until
 from terminal import Terminal, attached
@@ -101,6 +103,44 @@ def test_attaching_draws_anew(podtree: Podtree) -> None:
     again = terminal(podtree, "attach", "draws")
     again.expect(r"drawn os.terminal_size\(columns=100, lines=30\)")
     again.close()
+
+
+def test_job_control_of_the_users_shell(podtree: Podtree) -> None:
+    """Started in the background it stops, and goes on in the foreground; stopped and continued, it is raw again."""
+    screen = Terminal(["bash", "--norc", "--noprofile", "-i"], {**podtree.env, "PS1": "OUT> "}, rows=30, columns=100)
+    screen.expect("OUT> ")
+    before = termios.tcgetattr(screen.master)
+    script = "echo begun; read x; echo got $x; stty size; read y; echo got $y; exit 5"
+    screen.type(f"{podtree.program} run --rm --name job -- sh -c '{script}' &\n")
+    screen.expect(r"\[1\] \d+")
+    until(lambda: screen.type("jobs\n") or bool(screen.expect(r"\[1\].*(Stopped|Running)")[1] == "Stopped"), "it stops")
+    screen.type("fg\n")
+    screen.expect("^begun")
+    screen.type("one\n")
+    screen.expect("got one\r\n30 100")
+    client = next(int(p.name) for p in Path("/proc").iterdir() if p.name.isdigit() and _is_client(p))
+    os.kill(client, signal.SIGSTOP)
+    screen.expect("Stopped")
+    resize(screen, 31, 101)
+    screen.type("fg\n")
+    screen.expect("run --rm --name job")
+    until(lambda: not termios.tcgetattr(screen.master)[3] & termios.ICANON, "raw mode")
+    screen.type("two\n")
+    screen.expect("got two")
+    screen.expect("OUT> ")
+    screen.type("echo $?\n")
+    screen.expect("^5\r\n")
+    assert termios.tcgetattr(screen.master)[3] == before[3]
+    screen.close()
+
+
+def _is_client(process: Path) -> bool:
+    """Whether it is the `podtree run` that this test began, not its keeper or supervisor."""
+    try:
+        words = (process / "cmdline").read_bytes()
+        return b"--name\0job\0" in words and (process / "comm").read_text() == "podtree\n"
+    except OSError:
+        return False
 
 
 def test_two_watch(podtree: Podtree) -> None:

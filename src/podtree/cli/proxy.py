@@ -30,6 +30,7 @@ from podtree.pool.records import PodRecord
 _FORWARDED = (
     signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2,
 )  # fmt: skip
+_WITH_TERMINAL = (signal.SIGWINCH, signal.SIGCONT, signal.SIGHUP, signal.SIGTERM)
 _CHUNK = 1 << 16
 _REPLACED_S = 10.0  # how long it may take until another supervisor answers
 
@@ -41,10 +42,12 @@ class Signals:
         self.fd, self._wake = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self.caught: list[int] = []
         # With a terminal, ^C and the like are bytes; what else comes is meant for this command.
-        numbers = (signal.SIGWINCH, signal.SIGHUP, signal.SIGTERM) if terminal else _FORWARDED
+        numbers = _WITH_TERMINAL if terminal else _FORWARDED
         # What is ignored stays so, as for any program: nohup(1), background jobs of scripts.
         caught = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
         self._old = {number: signal.signal(number, self._catch) for number in caught}
+        for number in caught:
+            signal.siginterrupt(number, False)  # tcsetattr(3) in the background is stopped, and goes on after fg
 
     def _catch(self, number: int, _frame: FrameType | None) -> None:
         self.caught.append(number)
@@ -173,11 +176,20 @@ class Proxy:
             if number == signal.SIGWINCH:
                 with contextlib.suppress(OSError):
                     self._send({"size": tty.get_size(0)})
+            elif number == signal.SIGCONT:
+                self._raw_again()
             elif self._terminal:
                 return -1
             else:
                 self._send({"signal": number})
         return None
+
+    def _raw_again(self) -> None:
+        """After a stop: the shell has given its terminal modes of its own meanwhile, and perhaps a size."""
+        with contextlib.suppress(OSError, termios.error):
+            if self._stdin:
+                tty.make_raw(0)
+            self._send({"size": tty.get_size(0)})
 
     def _pass_input(self) -> bool:
         """False at the end of stdin."""

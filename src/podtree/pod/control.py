@@ -215,7 +215,7 @@ def start_or_remove(
     try:
         return start(pool, pod, restore=restore, attach=attach, size=size, spawn=spawn)
     except BaseException:
-        with contextlib.suppress(PodtreeError):
+        with contextlib.suppress(PodtreeError, OSError):
             pool.remove_pod(pod.id)
         raise
 
