@@ -123,7 +123,7 @@ def test_pool_stays_hidden_after_a_rename(podtree: Podtree) -> None:
     """Renaming a directory above the pool's place doesn't lay it bare, not in a branch either."""
     above = podtree.home.parent
     target = "/tmp/moved" if str(above) != "/tmp" else "/moved"
-    pod = podtree.run("sh", "-c", f"mv {above} {target}; echo moved; sleep 1000", name="mover")
+    pod = podtree.run("sh", "-c", f"mv {above} {target}; echo moved; sleep 1000", name="mover", options=["-w", "/"])
     pod.wait_log("moved")
     assert pod.sh(f"ls {target}/{podtree.home.name} 2>&1 | grep -c 'No such file'") == "1"
     pod.checkpoint()

@@ -56,7 +56,7 @@ def test_shell(podtree: Podtree) -> None:
     until(lambda: screen.type("stty size\n") or "51 77" in _shown(screen), "the new size", every=0.3)
     screen.type("exit 7\n")
     assert screen.process.wait(20) == 7
-    assert termios.tcgetattr(screen.master)[3] == before[3]
+    until(lambda: termios.tcgetattr(screen.master)[3] == before[3], "the shell has its terminal as before")
     screen.close()
 
 
@@ -130,7 +130,7 @@ def test_job_control_of_the_users_shell(podtree: Podtree) -> None:
     screen.expect("OUT> ")
     screen.type("echo $?\n")
     screen.expect("^5\r\n")
-    assert termios.tcgetattr(screen.master)[3] == before[3]
+    until(lambda: termios.tcgetattr(screen.master)[3] == before[3], "the shell has its terminal as before")
     screen.close()
 
 

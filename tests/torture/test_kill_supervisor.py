@@ -116,7 +116,7 @@ def test_killed_at_random_instants(podtree: Podtree, compiled: Callable[[str], P
         log = one.wait_log("ALL DONE", 120)
         assert "FAILED" not in log and "BAD" not in log, log
         assert log.split().count("OK") == count, log
-    podtree("fsck")
+    podtree("fsck", timeout=600)
     left = [path.name for path in (podtree.home / "pool" / "ckpts").iterdir() if path.name.startswith(".")]
     assert left == [], "drafts of checkpoints that were cut short"
     ghosts = [str(path) for path in podtree.home.glob("pool/pods/*/vol/upper/.podtree/*")]

@@ -21,6 +21,8 @@ http {{
     client_body_temp_path {PLACE}/body; proxy_temp_path {PLACE}/proxy; fastcgi_temp_path {PLACE}/fastcgi;
     uwsgi_temp_path {PLACE}/uwsgi; scgi_temp_path {PLACE}/scgi;
     keepalive_requests 1000000000;
+    client_header_timeout 1h;
+    send_timeout 1h;
     server {{
         listen 127.0.0.1:8080 reuseport;
         listen unix:{PLACE}/nginx.sock;
