@@ -212,3 +212,17 @@ print(sorted(t for t in seen if 'python' in t and '/usr/bin' not in t))
 def test_clock_is_its_own(pod: Pod) -> None:
     init = int(pod.info()["pid"])
     assert Path(f"/proc/{init}/timens_offsets").read_text().split() == ["monotonic", "0", "0", "boottime", "0", "0"]
+
+
+def test_tasks_are_limited_by_default(podtree: Podtree) -> None:
+    """A fork bomb doesn't take the whole machine: half of its tasks, and all pods together leave some."""
+    most = min(int(Path(f"/proc/sys/kernel/{name}").read_text()) for name in ("pid_max", "threads-max"))
+    for options, limit in (((), most // 2), (("--pids", "77"), 77)):
+        pod = podtree.run("sleep", "1000", name="limited", options=options)
+        lines = Path(f"/proc/{pod.info()['pid']}/cgroup").read_text().splitlines()
+        paths = [line.split(":", 2)[2].lstrip("/") for line in lines]
+        tops = (Path("/sys/fs/cgroup/pids"), Path("/sys/fs/cgroup"))
+        group = next(top / path for top in tops for path in paths if (top / path / "pids.max").is_file())
+        assert int((group / "pids.max").read_text()) == limit
+        if not options:
+            assert int((group.parent / "pids.max").read_text()) == most - most // 8

@@ -133,6 +133,13 @@ def test_a_plan_can_be_read() -> None:
     assert "4 becomes a session leader" in lines
 
 
+def test_a_chain_of_many_generations() -> None:
+    """Deeper than Python recurses by default."""
+    chain = [place(1, 0, 1), *(place(pid, pid - 1, 1) for pid in range(2, 5001))]
+    assert len(plan_tree(chain)) == 5001
+    assert len(plan_tree([place(1, 0, 1), *(place(pid, pid - 1, pid) for pid in range(2, 5001))])) == 2 * 5000
+
+
 @st.composite
 def histories(draw: st.DrawFn) -> list[Place]:
     """A tree as a random run of fork, setsid, setpgid and exit leaves it."""

@@ -38,6 +38,7 @@ _VFORKS = (NR.vfork, NR.clone, NR.clone3)  # clone(2): posix_spawn(3) makes its 
 _BUSY_SPINS = 50  # looks without sleeping: a task that runs stops within microseconds
 _PAUSE_S = 0.0001
 _SEIZE_PATIENCE_S = 0.005
+_PATIENCE_PER_TASK_S = 0.005  # on a busy machine; a pod that forks faster than that can't be stopped
 _PARTING_S = 0.05  # how long `release` waits for those that haven't stopped yet
 
 
@@ -82,9 +83,10 @@ class Tracees:
 
         Raises NotStopped, or Refused if another process traces one of them. The caller has to `release` then.
         """
-        deadline = time.monotonic() + patience_s
+        begun = time.monotonic()
         while True:
             awaited = self._seize_new(list_pids())
+            deadline = begun + patience_s + _PATIENCE_PER_TASK_S * (len(self.stopped) + len(self.running))
             nobody_new = not self.running
             self._await_stops(deadline)
             if awaited is not None:

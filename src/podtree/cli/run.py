@@ -26,7 +26,7 @@ from podtree.pool.pool import Pool
 @click.option("--rootfs", "root", metavar="DIR|TAR", help="Its root, instead of the host's own.")
 @click.option("--memory", metavar="SIZE", help="At most this much memory: 512m.")
 @click.option("--cpus", type=float, metavar="N", help="At most this many CPUs: 1.5.")
-@click.option("--pids", type=int, metavar="N", help="At most this many tasks.")
+@click.option("--pids", type=int, metavar="N", help="At most this many tasks [half of the machine's].")
 @click.option("--rm", "remove", is_flag=True, help="Remove the pod when it ends, unless it has checkpoints.")
 @click.option("--detach-keys", default=specs.DEFAULT_DETACH_KEYS, show_default=True, metavar="KEYS")
 @common.json_option

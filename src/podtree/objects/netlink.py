@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import socket
 
-from podtree.errors import RestoreFailed
+from podtree.errors import Damaged, RestoreFailed
 from podtree.kernel import sock as ksock
 from podtree.objects.socketcommon import RETRY, Entry, SocketBase, Surroundings, finish
 from podtree.objects.sockopts import SOL_NETLINK
@@ -75,6 +75,8 @@ def restore(states: dict[int, NetlinkSocket]) -> dict[int, socket.socket]:
     made: dict[int, socket.socket] = {}
     try:
         for file_id, state in states.items():
+            if state.protocol not in PROTOCOLS or state.socktype not in (socket.SOCK_RAW, socket.SOCK_DGRAM):
+                raise Damaged(f"a netlink socket of type {state.socktype} and protocol {state.protocol}")
             made[file_id] = sock = socket.socket(socket.AF_NETLINK, state.socktype, state.protocol)
             if state.port_id:
                 sock.bind((state.port_id, 0))

@@ -77,10 +77,16 @@ class Cgroup(msgspec.Struct, frozen=True):
                     _write(Path(path) / file, word)
 
     def limit_tasks(self, pids: int | None) -> None:
-        """Set the limit on tasks; None lifts it. Those that are there already stay, however many."""
+        """Set the limit on tasks, None: half of what the machine can have; all pods together leave some to the host.
+
+        Without that, a program that forks without end in one pod would leave nobody a process to stop it by. Tasks
+        that are there already stay, however many.
+        """
+        most = _most_tasks()
         for path in self.dirs:
             with contextlib.suppress(FileNotFoundError):  # another controller's hierarchy
-                _write(Path(path) / "pids.max", "max" if pids is None else str(pids))
+                _write(Path(path) / "pids.max", str(most // 2 if pids is None else pids))
+                _write(Path(path).parent / "pids.max", str(most - most // 8))
 
     def remove(self, timeout_s: float = 2.0) -> None:
         """Remove the groups once their processes are gone; what can't be removed in time is left."""
@@ -150,6 +156,11 @@ def _create_v1(hierarchies: dict[str, Path], pod_id: str, spec: PodSpec) -> Cgro
     return Cgroup(tuple(dirs))
 
 
+def _most_tasks() -> int:
+    """Processes and threads that the machine can have: sysctl kernel.pid_max and kernel.threads-max."""
+    return min(int(_read(Path(f"/proc/sys/kernel/{name}"))) for name in ("pid_max", "threads-max"))
+
+
 def _create_v2(root: Path, pod_id: str, spec: PodSpec) -> Cgroup:
     """Below the root: a group with processes of its own can't hand controllers down (cgroups(7))."""
     parent, path = root / PARENT, root / PARENT / pod_id
@@ -160,17 +171,25 @@ def _create_v2(root: Path, pod_id: str, spec: PodSpec) -> Cgroup:
         "cpu": ("cpu.max", quota),
         "pids": ("pids.max", None if spec.pids is None else "max"),
     }
+    if spec.pids is None:
+        with contextlib.suppress(OSError):  # no such controller
+            _enable("pids", root, parent)
     for controller, (file, value) in limits.items():
         if value is None:
             continue
         try:
-            _write(root / "cgroup.subtree_control", f"+{controller}")
-            _write(parent / "cgroup.subtree_control", f"+{controller}")
+            _enable(controller, root, parent)
             _write(path / file, value)
         except OSError as error:
             Cgroup((str(path),)).remove(0)
             raise Unsupported(f"cgroup limit {file}: {error.strerror}", f"omit --{controller}") from error
     return Cgroup((str(path),))
+
+
+def _enable(controller: str, *groups: Path) -> None:
+    """Hand a controller down to the groups below these (cgroups(7))."""
+    for group in groups:
+        _write(group / "cgroup.subtree_control", f"+{controller}")
 
 
 def _version_2() -> Path | None:

@@ -7,6 +7,8 @@ import traceback
 from typing import TYPE_CHECKING, Any
 
 from podtree.errors import Problem, RestoreFailed
+from podtree.kernel import caps
+from podtree.pod import privileges
 from podtree.pod.cgroup import Cgroup
 from podtree.pod.live import LivePod
 from podtree.pool.records import CheckpointId, PodState
@@ -101,8 +103,10 @@ def checkpoint(supervisor: Supervisor, *, stop: bool, message: str) -> dict[str,
 def restore(supervisor: Supervisor, group: Cgroup) -> LivePod:
     """Bring the pod's image to life; the supervisor becomes the parent of its first process."""
     from podtree.restore.pod import restore_pod
+    from podtree.restore.validate import Bounds
 
-    return restore_pod(supervisor.record.id, supervisor.spec, supervisor.dirs, group)
+    bounds = Bounds(caps.mask(privileges.DEFAULT_CAPS), supervisor.filter)
+    return restore_pod(supervisor.record.id, supervisor.spec, supervisor.dirs, group, bounds)
 
 
 def diff(supervisor: Supervisor, checkpoint: str, *, live_first: bool) -> dict[str, Any]:

@@ -291,7 +291,10 @@ def _make_world(builder: Builder, clock: ClockOffsets) -> None:
     builder.host_proc_fd = os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     containment.prepare_volume(spec, dirs)
     unshare(Clone.NEWNS | Clone.NEWNET | Clone.NEWIPC | Clone.NEWUTS | Clone.NEWTIME | Clone.NEWPID)
-    set_time_offsets(clock.monotonic_ns, clock.boottime_ns)
+    try:
+        set_time_offsets(clock.monotonic_ns, clock.boottime_ns)
+    except OSError as error:
+        raise LaunchFailed(f"the pod's clocks can't be set: {error.strerror}") from error
     mount.make_private()
     loopback_up()
     _allow_low_ports()

@@ -51,7 +51,7 @@ def launch_program(
 
     return launch(
         spec, dirs, cgroup, ClockOffsets(), in_builder, as_init, inherit=[hop_fd],
-        built=None if spec.pids is None else limit,
+        built=limit,
     )  # fmt: skip
 
 

@@ -69,7 +69,7 @@ class Supervisor:
         self._keeper: socket.socket | None = keeper_channel
         self._held = held
         self._hop_fd = hop.open_hop()
-        self._filter = seccomp.load(dirs.home)
+        self.filter = seccomp.load(dirs.home)
         self._connections: set[Connection] = set()
         self._waiting: list[Connection] = []
         self._serial = 0
@@ -114,7 +114,7 @@ class Supervisor:
 
     def _launch(self, group: Cgroup) -> None:
         launched = launch_program(
-            self.spec, self.dirs, group, self._hop_fd, self._filter, size=self.start.size
+            self.spec, self.dirs, group, self._hop_fd, self.filter, size=self.start.size
         )
         self.install(self.live_pod(launched, ClockOffsets(), {}))
 
@@ -290,6 +290,9 @@ class Supervisor:
 
     def _failed(self, client: Connection, error: Exception) -> None:
         """There is no pod: everything that was made for it goes, and the starter learns why."""
+        if self.live is not None:
+            with contextlib.suppress(ProcessLookupError):
+                pidfd_send_signal(self.live.init_pidfd, signal.SIGKILL)
         group = cgroup.find(self.record.id)
         for pid in group.pids(0) if group.dirs else []:
             with contextlib.suppress(ProcessLookupError):
@@ -431,7 +434,7 @@ class Supervisor:
         spec = check(PodSpec.from_dict(message["spec"]))
         self._serial += 1
         size = message.get("size")
-        entered = enter(live, f"exec-{self._serial}", spec, self._hop_fd, self._filter, size)
+        entered = enter(live, f"exec-{self._serial}", spec, self._hop_fd, self.filter, size)
         name = entered.session.name
         live.sessions[name], live.stdio[name] = entered.session, entered.ends
         holds = _holds(name, entered.ends)

@@ -8,6 +8,8 @@ nearest subreaper above it (PR_SET_CHILD_SUBREAPER), which the wanted one is for
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -214,6 +216,17 @@ class _Planner:
         raise RestoreFailed(f"no process of session {sid}")
 
 
+@contextlib.contextmanager
+def _room_to_recurse(depth: int) -> Iterator[None]:
+    """A tree may be a chain of as many generations as there are processes."""
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(max(before, 1000 + 8 * depth))
+    try:
+        yield
+    finally:
+        sys.setrecursionlimit(before)
+
+
 def plan_tree(places: Iterable[Place]) -> list[Step]:
     """Steps that grow the whole tree. Raises RestoreFailed for a tree that can't exist.
 
@@ -228,9 +241,10 @@ def plan_tree(places: Iterable[Place]) -> list[Step]:
         if place.ppid and place.ppid not in by_pid:
             raise RestoreFailed(f"process {place.pid} has a parent {place.ppid} that is not in the image")
         planner.children.setdefault(place.ppid, []).append(place)
-    for root in planner.children.get(0, []):
-        planner.create(root, 0)
-    planner.adopt()
+    with _room_to_recurse(len(by_pid)):
+        for root in planner.children.get(0, []):
+            planner.create(root, 0)
+        planner.adopt()
     if set(by_pid) - set(planner.session):
         raise RestoreFailed("the process tree of the image has a cycle")
     planner.groups()

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 import msgspec
 
-from podtree.errors import PodtreeError, RestoreFailed
+from podtree.errors import RestoreFailed
 from podtree.image import manifest as manifest_file
 from podtree.image.manifest import Manifest
 from podtree.kernel import procfs, ptrace, userfaultfd
@@ -39,6 +39,7 @@ from podtree.restore.late import LateFiles
 from podtree.restore.pager import Filling
 from podtree.restore.process import ProcessRestorer, Shared
 from podtree.restore.tree import Tree
+from podtree.restore.validate import Bounds, confine, explained
 from podtree.script import vdso
 from podtree.tracees import OPTIONS
 
@@ -79,17 +80,25 @@ class _Layout:
                 raise RestoreFailed(f"the image names a page file {name!r}")
 
 
-def restore_pod(pod_id: str, spec: PodSpec, dirs: PodDirs, cgroup: Cgroup) -> LivePod:
-    """Bring the processes of `dirs.img` back to life over the volume `dirs.vol`.
+def restore_pod(pod_id: str, spec: PodSpec, dirs: PodDirs, cgroup: Cgroup, bounds: Bounds) -> LivePod:
+    """Bring the processes of `dirs.img` back to life over the volume `dirs.vol`, none of them beyond `bounds`.
 
-    The caller is the parent of the pod's first process. Raises RestoreFailed or Damaged; nothing is
-    left running then.
+    The caller is the parent of the pod's first process. Raises RestoreFailed, Damaged or Unsupported; nothing
+    is left running then.
     """
+    try:
+        return _restore_pod(pod_id, spec, dirs, cgroup, bounds)
+    except BaseException as error:
+        raise explained(error) from error
+
+
+def _restore_pod(pod_id: str, spec: PodSpec, dirs: PodDirs, cgroup: Cgroup, bounds: Bounds) -> LivePod:
     image_fd = os.open(dirs.img, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     stem_fd = -1
     try:
         manifest = manifest_file.load(image_fd)
         check_machine(manifest)
+        manifest = confine(manifest, bounds)
         steps = plan.plan_tree([p.place for p in manifest.processes] + [z.place for z in manifest.zombies])
         layout = _Layout(manifest)
         stem_fd = _stem_file(layout.stem)
@@ -109,13 +118,11 @@ def restore_pod(pod_id: str, spec: PodSpec, dirs: PodDirs, cgroup: Cgroup) -> Li
             restorers, roots = _grow(
                 manifest, steps, layout, launched, made, image_fd, stem_fd, family, clock, dirs.run, fillings
             )
-        except BaseException as error:
+        except BaseException:
             _end(launched, family)
             for filling in fillings:
                 filling.abandon()
-            if isinstance(error, (PodtreeError, KeyboardInterrupt, SystemExit)):
-                raise
-            raise RestoreFailed(f"restore failed: {error}") from error
+            raise
         live = LivePod(
             pod_id=pod_id,
             spec=spec,
@@ -129,8 +136,7 @@ def restore_pod(pod_id: str, spec: PodSpec, dirs: PodDirs, cgroup: Cgroup) -> Li
             sessions=roots,
             filling=next(iter(fillings), None),
         )
-        if spec.pids is not None:
-            cgroup.limit_tasks(spec.pids)
+        cgroup.limit_tasks(spec.pids)
         for restorer in restorers:
             restorer.go()
         return live
@@ -359,11 +365,15 @@ def _first_holders(manifest: Manifest) -> dict[tuple[int, int], int]:
 def _children_first(restorers: list[ProcessRestorer]) -> list[ProcessRestorer]:
     """In an order in which no process comes before one of its children."""
     parent = {r.pid: r.process.place.ppid for r in restorers}
-
-    def depth(pid: int) -> int:
-        return 0 if pid not in parent else 1 + depth(parent[pid])
-
-    return sorted(restorers, key=lambda r: -depth(r.pid))
+    depth = {0: 0}
+    for pid in parent:
+        path, above = [], pid
+        while above not in depth:
+            path.append(above)
+            above = parent.get(above, 0)
+        for number, below in enumerate(reversed(path), start=depth[above] + 1):
+            depth[below] = number
+    return sorted(restorers, key=lambda r: -depth[r.pid])
 
 
 def _spawn_outside(launched: Launched, pid: int, layout: _Layout, end: int, stem_fd: int) -> int:

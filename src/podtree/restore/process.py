@@ -309,9 +309,13 @@ class ProcessRestorer:
         if self.process.stopped_by:
             self._stop()
         for thread, body in zip(self.process.threads, self.bodies, strict=True):
-            ptrace.set_xstate(body.tid, thread.xstate)
-            ptrace.set_regs(body.tid, threads.resume_regs(thread, planted.get(thread.tid)))
-            ptrace.set_sigmask(body.tid, thread.sigmask)
+            try:
+                ptrace.set_xstate(body.tid, thread.xstate)
+                ptrace.set_regs(body.tid, threads.resume_regs(thread, planted.get(thread.tid)))
+                ptrace.set_sigmask(body.tid, thread.sigmask)
+            except OSError as error:
+                what = f"the registers of thread {thread.tid} of process {self.pid}"
+                raise RestoreFailed(f"{what} can't be set: {error.strerror}") from error
 
     def _plant_timed_calls(self) -> dict[int, int]:
         """Have threads that were half-way in a relative wait make that wait again, with the time left.
