@@ -39,6 +39,9 @@ if [ "$what" = test ]; then
     path '/usr/lib/postgresql/*/bin/pg_amcheck' postgresql
     program nginx nginx
     program wrk wrk
+    program memcached memcached
+    program mariadbd mariadb-server
+    program mariadb mariadb-client
     program node nodejs
     program go golang-go
     program javac default-jdk-headless

@@ -22,6 +22,8 @@ REMEDY = {  # program -> Debian package, where the names differ
     "javac": "default-jdk-headless",
     "java": "default-jdk-headless",
     "initdb": "postgresql",
+    "mariadbd": "mariadb-server",
+    "mariadb-install-db": "mariadb-server",
     "pg_amcheck": "postgresql",
     "mkfs.btrfs": "btrfs-progs",
     "ps": "procps",

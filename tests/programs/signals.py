@@ -282,6 +282,9 @@ def posix_timers() -> None:
     bit = 1 << number - 1
     true("set-up: it has rung", within(30, lambda: int(masks()["ShdPnd"], 16) & bit))
     to_thread = posix_timer(1, Sigevent(7, number, SIGEV_THREAD_ID, tid), time.monotonic() + 700, 0, True)
+    idle = threading.Thread(target=time.sleep, args=(1000,), daemon=True)
+    idle.start()
+    of_thread = posix_timer(time.pthread_getcpuclockid(idle.ident), Sigevent(9, number, SIGEV_SIGNAL), 6000)
     frozen()
     for name, timer, total in (("first", first, 1000), ("silent", silent, 900), ("boot", boot, 800)):
         at = time.monotonic()
@@ -290,6 +293,7 @@ def posix_timers() -> None:
     equal("interval", posix_left(first)[1], 10.0)
     left, interval = posix_left(cpu)
     true(f"cpu: {left} left", 4990 < left <= 5000.1 and interval == 2)
+    true("CPU time of a thread", 5990 < posix_left(of_thread)[0] <= 6000)
     true("to a thread", 400 < posix_left(to_thread)[0] < 700)
     info = take({number})
     equal("the pending expiry", info and (info.code, info.pid, info.value), (SI_TIMER, rung, 0xABCD12345678))

@@ -62,3 +62,14 @@ def expect(pod: Pod, seen: Seen, wanted: str) -> None:
     """AssertionError unless the pod has the mark `wanted`."""
     found = seen(pod)
     assert found == wanted, f"{pod.name} sees {found} instead of {wanted}"
+
+
+def line_count(pod: Pod, path: str) -> int:
+    """How many lines a file inside has; 0 where there is none."""
+    return int(pod.sh(f"cat {path} 2> /dev/null | wc -l"))
+
+
+def lines_grow(pod: Pod, path: str, seconds: float = 60) -> None:
+    """Waits until a file inside that the program appends to has more lines than now."""
+    at = line_count(pod, path)
+    pod.wait_output(f"cat {path} | wc -l", lambda out: int(out) > at, f"{path} grows", seconds)
