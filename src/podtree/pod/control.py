@@ -347,7 +347,12 @@ def rewind(pool: Pool, pod: PodRecord, checkpoint: CheckpointRecord, *, spawn: b
 
 def stop(pool: Pool, pod: PodRecord, timeout_s: float | None = 10, number: int = signal.SIGTERM) -> int:
     """A signal to the pod's first process, SIGKILL after `timeout_s` (None: never); the exit code."""
-    return int(call(pool, pod, "stop", timeout=timeout_s, signal=int(number))["code"])
+    try:
+        return int(call(pool, pod, "stop", timeout=timeout_s, signal=int(number))["code"])
+    except PodtreeError:
+        if pool.pod(pod.id).is_running:
+            raise
+        return exit_code(pool, pod)  # it has just ended by itself
 
 
 def end_pod(pool: Pool, pod: PodRecord) -> int:
