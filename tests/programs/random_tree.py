@@ -34,7 +34,7 @@ def hold(node: dict[str, Any], place: Path) -> None:
     """A node: its own properties, its cases each in a process, its children; verifies after the freeze."""
     place.mkdir(exist_ok=True)
     os.chdir(place)
-    if node["session"]:
+    if node["session"] and os.getpgrp() != os.getpid():  # the pod's first process leads one
         os.setsid()
     elif node["group"] and os.getsid(0) != os.getpid():
         os.setpgid(0, 0)
