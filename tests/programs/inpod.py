@@ -143,14 +143,14 @@ def run_and_exit(body: Callable[[], None]) -> NoReturn:
 
 def stat_field(pid: int | str, number: int) -> str:
     """Field `number` (as counted in proc_pid_stat(5), from 1) of /proc/PID/stat."""
-    text = Path(f"/proc/{pid}/stat").read_text()
+    text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
     head, _, rest = text.rpartition(")")
     return head.split("(", 1)[1] if number == 2 else rest.split()[number - 3]
 
 
 def status_field(pid: int | str, key: str) -> str:
     """A line of /proc/PID/status, without its key."""
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+    for line in Path(f"/proc/{pid}/status").read_text(errors="replace").splitlines():
         if line.startswith(f"{key}:"):
             return line.partition(":")[2].strip()
     raise KeyError(key)
