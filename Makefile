@@ -2,7 +2,8 @@
 #
 #   make demo      the main job on real programs, narrated, in under a minute after set-up
 #   make test      the whole test suite, real programs included
-#   make torture   kill the supervisor many more times than `make test` does (TORTURE=number)
+#   make torture   kill the supervisor many more times than `make test` does (TORTURE=number),
+#                  and grow random process trees for much longer (SECONDS=number)
 #   make check     lint and types
 #   make install   only what it takes for .venv/bin/podtree to work
 
@@ -10,6 +11,7 @@ VENV := .venv
 PYTEST := $(VENV)/bin/python3 -m pytest
 TESTS ?=
 TORTURE ?= 1000
+SECONDS ?= 3600
 .DEFAULT_GOAL := install
 .PHONY: install test-setup demo test torture check clean
 
@@ -35,7 +37,8 @@ test: test-setup
 	@$(PYTEST) $(TESTS)
 
 torture: test-setup
-	@PODTREE_TORTURE=$(TORTURE) $(PYTEST) tests/torture --timeout 0 -o session_timeout=0
+	@PODTREE_TORTURE=$(TORTURE) PODTREE_RANDOM_SECONDS=$(SECONDS) \
+		$(PYTEST) tests/torture tests/test_random_trees.py --timeout 0 -o session_timeout=0
 
 check: $(VENV)/.test
 	@$(VENV)/bin/ruff check .

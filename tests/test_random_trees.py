@@ -1,4 +1,8 @@
-"""Random process trees with random objects in them, as many as a minute allows: frozen, branched, verified."""
+"""Random process trees with random objects in them, as many as a minute allows: frozen, branched, verified.
+
+The trees are the same in every run, so that a failure tells of the change that it comes with; with
+PODTREE_RANDOM_SECONDS (as `make torture` has it) they are new ones each time, for as long as that.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +18,7 @@ from hypothesis import strategies as st
 from driver import Podtree
 from lives import cases_of, start, verify
 
+NEW_ONES = "PODTREE_RANDOM_SECONDS" in os.environ
 SECONDS = float(os.environ.get("PODTREE_RANDOM_SECONDS", "60"))
 ALONE = {  # cases that need the pod for themselves: fixed ports and names, much disk, the pod's own pid 1
     "descriptors.unlinked_large",
@@ -70,6 +75,7 @@ def test_random_trees(podtree: Podtree) -> None:
         max_examples=1000,
         deadline=None,
         database=None,
+        derandomize=not NEW_ONES,
         phases=[Phase.explicit, Phase.generate],
         suppress_health_check=list(HealthCheck),
         print_blob=True,

@@ -277,10 +277,10 @@ def deleted_directories() -> None:
     """Directories that were removed while open, and while being someone's working directory."""
     os.makedirs("gone/below")
     fd = os.open("gone/below", os.O_RDONLY | os.O_DIRECTORY)
+    here = os.path.abspath("go")
 
     def body() -> None:
         os.chdir("gone/below")
-        here = os.path.abspath("../../go")
         while not os.path.exists(here):
             time.sleep(0.02)
         equal("listing of a removed working directory", os.listdir("."), [])
