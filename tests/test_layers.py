@@ -19,7 +19,7 @@ LAYERS = (
     ("tracees",),
     ("freeze", "collect", "diff", "pool"),
     ("pod.cgroup", "pod.containment", "pod.dirs", "pod.launch", "pod.live", "pod.paths", "pod.spec", "pod.wire"),
-    ("checkpoint", "restore"),
+    ("checkpoint", "restore", "recorder"),
     ("pod", "doctor"),
     ("api",),
     ("cli",),
@@ -32,6 +32,7 @@ ONLY = {
     "objects": {"errors", "kernel", "script"},
     "volume": {"errors", "kernel"},
     "pool": {"errors", "kernel", "volume"},
+    "recorder": {"errors", "pool"},
     "image": {"errors", "kernel", "objects"},
     "diff": {"errors", "kernel", "objects", "image"},
 }

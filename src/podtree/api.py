@@ -25,12 +25,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from podtree.errors import Problem, UsageError
+from podtree.errors import Conflict, Problem, UsageError
 from podtree.pod import control, rootfs
 from podtree.pod import spec as specs
 from podtree.pod.spec import PodSpec, StdioMode
 from podtree.pool.pool import Pool as Store
 from podtree.pool.records import CheckpointId, CheckpointRecord, PodId, PodRecord
+from podtree.recorder import settings as recorder
 
 _STDOUT, _STDERR = 1, 2
 
@@ -76,8 +77,12 @@ class Pool:
         cpus: float | None = None,
         pids: int | None = None,
         auto_remove: bool = False,
+        every: str | None = None,
     ) -> Pod:
-        """A new pod in the background. `volumes` as -v's arguments, `memory` in bytes or like "512m"."""
+        """A new pod in the background. `volumes` as -v's arguments, `memory` in bytes or like "512m".
+
+        `every`: the pod is recorded from its beginning, see Pod.start_recording.
+        """
         stdio: StdioMode = "tty" if tty else "pipes" if interactive else "log"
         spec = PodSpec(
             argv=argv,
@@ -94,7 +99,8 @@ class Pool:
             pids=pids,
             auto_remove=auto_remove,
         )
-        result = control.run(self.store, name, spec, spawn=True)
+        recorded = None if every is None else recorder.make(every)
+        result = control.run(self.store, name, spec, spawn=True, recorded=recorded)
         return Pod(self, PodId(result["id"]))
 
     def pod(self, ref: str) -> Pod:
@@ -195,6 +201,35 @@ class Pod:
     def checkpoints(self) -> list[Checkpoint]:
         """Its checkpoints, oldest first."""
         return [Checkpoint(self.pool, record.id) for record in self.pool.store.checkpoints(self.id)]
+
+    def start_recording(
+        self,
+        every: str = "1s",
+        *,
+        budget: str | None = None,
+        last: int | None = None,
+        within: str | None = None,
+        minutely: int | None = None,
+        hourly: int | None = None,
+        daily: int | None = None,
+    ) -> None:
+        """Take a checkpoint every so often, from now on. The words are those of `podtree record`."""
+        settings = recorder.make(
+            every, budget, last=last, within=within, minutely=minutely, hourly=hourly, daily=daily
+        )
+        control.record(self.pool.store, self.record, settings)
+
+    @property
+    def recording(self) -> dict[str, Any] | None:
+        """How its recorder does: every_ms, taken, skipped, failed, error...; None if it isn't recorded."""
+        try:
+            return control.record(self.pool.store, self.record)
+        except Conflict:
+            return None
+
+    def stop_recording(self) -> None:
+        """The reverse of `start_recording`; what was recorded stays."""
+        control.record(self.pool.store, self.record, off=True)
 
     def check(self) -> list[Problem]:
         """What would keep a checkpoint from working now."""

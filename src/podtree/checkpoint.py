@@ -92,6 +92,7 @@ class Checkpointer:
         self._freezer = Freezer(live.pids)
         self._buffer: mmap.mmap | None = None
         self._precopied = 0  # bytes written ahead of the stop
+        self._seen: dict[int, set[int]] | None = None  # host pids at the last checkpoint, with their pages of rseq(2)
         self._arena = bytearray()  # for changed pages of shared memory
         os.makedirs(live.img_dir / "mem", mode=0o700, exist_ok=True)
         os.makedirs(live.img_dir / "shm", mode=0o700, exist_ok=True)
@@ -134,12 +135,13 @@ class Checkpointer:
         message: str = "",
         commit: bool = True,
         settle: Callable[[], None] = lambda: None,
+        notes: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
         """Take one checkpoint, durable on return. With `stop` the pod is ended once that is so.
 
         `settle` is called when the pod is stopped, right before the volume's snapshot: what the supervisor
         holds of the pod's output has to be in the log by then. Without `commit` the draft is left complete
-        but uncommitted, for a look at it.
+        but uncommitted, for a look at it. `notes` go into the summary.
 
         Returns the summary. Raises Refused when something can't be saved; nothing was written then.
         """
@@ -150,7 +152,7 @@ class Checkpointer:
         pauses = iter(RETRY_PAUSES_S)
         while True:
             try:
-                return self._checkpoint(draft, stop, message, begun, commit, settle)
+                return self._checkpoint(draft, stop, message, begun, commit, settle, notes or {})
             except Refused as refused:  # nothing was copied yet: tracking is as it was
                 if insight.prepare():
                     continue
@@ -163,7 +165,14 @@ class Checkpointer:
                 raise
 
     def _checkpoint(
-        self, draft: Draft, stop: bool, message: str, begun: float, commit: bool, settle: Callable[[], None]
+        self,
+        draft: Draft,
+        stop: bool,
+        message: str,
+        begun: float,
+        commit: bool,
+        settle: Callable[[], None],
+        notes: dict[str, Any],
     ) -> dict[str, Any]:
         stopped_at = time.monotonic()
         frozen = self._freeze()
@@ -189,9 +198,11 @@ class Checkpointer:
                 "bytes_written": written,
                 "processes": len(manifest.processes) + len(manifest.zombies),
                 "memory_bytes": sum(n for _, pages_ in copied for _, n in pages_.saved) * PAGE_SIZE,
+                **notes,
             }
             if commit:
                 draft.commit(message, summary)
+                self._note_seen(manifest, frozen)
             summary["total_ms"] = round((time.monotonic() - begun) * 1e3, 3)
             if stop:
                 os.kill(self.live.init_pid, signal.SIGKILL)
@@ -217,6 +228,37 @@ class Checkpointer:
     def _limit_cpus(self, cpus: float | None) -> None:
         if self.live.spec.cpus is not None:
             self.live.cgroup.limit_cpus(cpus)
+
+    def untouched(self) -> bool:
+        """Whether no process has come, gone or written private memory since the last checkpoint; False if in doubt.
+
+        What the kernel writes into a thread's rseq(2) area when it is resumed doesn't count. A program can hardly
+        do anything without writing to its stack.
+        """
+        if self._seen is None or self._seen.keys() != set(self.live.pids()):
+            return False
+        try:
+            return not any(
+                set(range(first, first + count)) - pages_
+                for host, pages_ in self._seen.items()
+                for first, count in memory.written(host)
+            )
+        except (OSError, ProcessLookupError):
+            return False
+
+    def _note_seen(self, manifest: Manifest, frozen: Frozen) -> None:
+        """Remember what `untouched` compares with, where every process is tracked."""
+        self._seen = None
+        if all(tracker.uffd >= 0 and tracker.complete for tracker in self._trackers.values()):
+            hosts = {p.pid: p.host_pid for p in frozen.processes}
+            self._seen = {
+                hosts[p.place.pid]: {
+                    page
+                    for thread in p.threads
+                    for page in range(thread.rseq[0] // PAGE_SIZE, (sum(thread.rseq[:2]) - 1) // PAGE_SIZE + 1)
+                }
+                for p in manifest.processes
+            }
 
     def recover(self) -> None:
         """Put right what a supervisor that was killed may have left in the pod's tasks and objects.

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import click
 
 from podtree.cli import common, proxy
+from podtree.cli.record import recorder_settings, recording_options
 from podtree.pod import control, rootfs
 from podtree.pod import spec as specs
 from podtree.pod.spec import PodSpec, StdioMode
 from podtree.pool.pool import Pool
+from podtree.recorder.settings import Settings
 
 
 @click.command("run", cls=common.ProgramCommand, context_settings={"allow_interspersed_args": False})
@@ -29,6 +32,7 @@ from podtree.pool.pool import Pool
 @click.option("--pids", type=int, metavar="N", help="At most this many tasks [half of the machine's].")
 @click.option("--rm", "remove", is_flag=True, help="Remove the pod when it ends, unless it has checkpoints.")
 @click.option("--detach-keys", default=specs.DEFAULT_DETACH_KEYS, show_default=True, metavar="KEYS")
+@recording_options
 @common.json_option
 @click.argument("argv", nargs=-1, type=click.UNPROCESSED, metavar="-- COMMAND [ARGUMENT]...")
 def command(
@@ -49,6 +53,7 @@ def command(
     detach_keys: str,
     as_json: bool,
     argv: tuple[str, ...],
+    **recording: Any,
 ) -> None:
     """Run a command in a new pod, over the host's own files (the pod's writes are kept apart).
 
@@ -56,6 +61,7 @@ def command(
     there; podtree's own failures have the codes that README.md lists.
     """
     keys = specs.parse_detach_keys(detach_keys)
+    recorded = recorder_settings(recording)
     terminal = not detach and proxy.is_terminal()
     stdio: StdioMode = "tty" if tty or terminal else "pipes" if interactive or not detach else "log"
     pool = common.open_pool()
@@ -77,18 +83,25 @@ def command(
     )
     size = common.terminal_size() if stdio == "tty" else None
     if detach:
-        result = control.run(pool, name, spec, size=size)
+        result = control.run(pool, name, spec, size=size, recorded=recorded)
         common.print_json(result) if as_json else click.echo(result["pod"])
         return
-    sys.exit(_foreground(pool, name, spec, size, terminal, keys))
+    sys.exit(_foreground(pool, name, spec, size, terminal, keys, recorded))
 
 
 def _foreground(
-    pool: Pool, name: str | None, spec: PodSpec, size: tuple[int, int] | None, terminal: bool, keys: bytes
+    pool: Pool,
+    name: str | None,
+    spec: PodSpec,
+    size: tuple[int, int] | None,
+    terminal: bool,
+    keys: bytes,
+    recorded: Settings | None,
 ) -> int:
     signals = proxy.Signals(terminal=terminal)
     pod = control.create(pool, name, spec)
     client, _ = control.start_or_remove(pool, pod, attach=True, size=size)
+    control.record_from_start(pool, pod, recorded)
 
     joined = proxy.Proxy(
         client, signals, terminal=terminal, detach_keys=keys, reconnect=lambda: proxy.come_back(pool, pod)

@@ -266,6 +266,21 @@ def scan(pid: int, entries: list[MapEntry], *, tracked: bool) -> ScannedPages:
     return pages
 
 
+def written(pid: int) -> list[tuple[int, int]]:
+    """Runs of tracked pages written since the last `scan`; the next finds them too. ProcessLookupError as there."""
+    try:
+        fd = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError as error:
+        raise ProcessLookupError(error.errno, f"process {pid} has ended") from error
+    try:
+        wanted = mm.PAGE_IS_WPALLOWED | mm.PAGE_IS_WRITTEN
+        present = mm.PAGE_IS_PRESENT | mm.PAGE_IS_SWAPPED
+        regions = mm.scan_pages(fd, 0, mm.TASK_SIZE, allof=wanted, anyof=present, returned=mm.PAGE_IS_WRITTEN)
+    finally:
+        os.close(fd)
+    return [(start // PAGE_SIZE, (end - start) // PAGE_SIZE) for start, end, _ in regions]
+
+
 @functools.cache
 def _guard_category() -> int:
     """PAGE_IS_GUARD if this kernel (6.15+) knows it, else 0."""

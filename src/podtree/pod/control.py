@@ -25,6 +25,7 @@ from podtree.pod.spec import PodSpec, StdioMode
 from podtree.pool import refs
 from podtree.pool.pool import Pool
 from podtree.pool.records import CheckpointRecord, PodRecord
+from podtree.recorder.settings import Settings
 
 _ATTEMPTS = 100  # others may be quicker with the same invented name
 _HELPERS = 3  # running pods whose keepers are asked to fork another
@@ -237,13 +238,27 @@ def create(pool: Pool, name: str | None, spec: PodSpec) -> PodRecord:
 
 
 def run(
-    pool: Pool, name: str | None, spec: PodSpec, *, size: tuple[int, int] | None = None, spawn: bool = False
+    pool: Pool,
+    name: str | None,
+    spec: PodSpec,
+    *,
+    size: tuple[int, int] | None = None,
+    spawn: bool = False,
+    recorded: Settings | None = None,
 ) -> dict[str, Any]:
     """A new pod in the background: {pod, id, pid, ready_ms}."""
     pod = create(pool, name, spec)
     client, result = start_or_remove(pool, pod, size=size, spawn=spawn)
     client.close()
+    record_from_start(pool, pod, recorded)
     return result
+
+
+def record_from_start(pool: Pool, pod: PodRecord, settings: Settings | None) -> None:
+    """Have a pod recorded that has just been started, if that is wanted; it may be over already."""
+    if settings is not None:
+        with contextlib.suppress(Conflict):
+            record(pool, pool.pod(pod.id), settings)
 
 
 def execute(
@@ -293,6 +308,14 @@ def checkpoint(
         pool.tag(tag, result["id"])
         result["tag"] = tag
     return result
+
+
+def record(pool: Pool, pod: PodRecord, settings: Settings | None = None, *, off: bool = False) -> dict[str, Any]:
+    """Have a running pod recorded from now on, or no longer; without both: how its recorder does.
+
+    Raises Conflict when it isn't recorded.
+    """
+    return call(pool, pod, "record", settings=msgspec.to_builtins(settings), off=off)
 
 
 def check(pool: Pool, pod: PodRecord) -> list[Problem]:

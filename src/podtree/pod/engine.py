@@ -36,6 +36,9 @@ class _Lazy:
         self._made.settle_memory()
         return self._made
 
+    def untouched(self) -> bool:
+        return self._made is not None and bool(self._made.untouched())
+
     def recover(self) -> None:
         """Put right what a supervisor that was killed may have left in the pod.
 
@@ -84,14 +87,20 @@ def check(supervisor: Supervisor) -> list[Problem]:
     return problems
 
 
-def checkpoint(supervisor: Supervisor, *, stop: bool, message: str) -> dict[str, Any]:
-    """Save the pod. On any error nothing is left of the attempt and the pod goes on."""
+def checkpoint(
+    supervisor: Supervisor, *, stop: bool = False, message: str = "", recorded: bool = False
+) -> dict[str, Any]:
+    """Save the pod. On any error nothing is left of the attempt and the pod goes on.
+
+    `recorded`: it is the recorder's, who doesn't wait for other commands, and may be thinned.
+    """
     supervisor.running()
-    draft = supervisor.pool.begin_checkpoint(supervisor.record.id)
+    draft = supervisor.pool.begin_checkpoint(supervisor.record.id, **({"patience_s": 0} if recorded else {}))
     try:
         summary: dict[str, Any] = supervisor.checkpointer.get().checkpoint(
-            draft, stop=stop, message=message, settle=supervisor.drain_output
-        )
+            draft, stop=stop, message=message, settle=supervisor.drain_output,
+            notes={"recorded": True} if recorded else {},
+        )  # fmt: skip
     finally:
         draft.abort()  # nothing, once it was committed
     if stop:

@@ -21,7 +21,7 @@ import msgspec
 
 from podtree.errors import Conflict, PodtreeError, UsageError
 from podtree.kernel.pidfd import has_ended, pidfd_open, pidfd_send_signal
-from podtree.pod import cgroup, engine, hop, keeper, seccomp, wire
+from podtree.pod import cgroup, engine, hop, keeper, recording, seccomp, wire
 from podtree.pod.attached import Attachments
 from podtree.pod.cgroup import Cgroup
 from podtree.pod.dirs import PodDirs
@@ -34,6 +34,7 @@ from podtree.pod.spec import PodSpec, check
 from podtree.pod.stdio import Stdio
 from podtree.pool.pool import Pool
 from podtree.pool.records import PodState
+from podtree.recorder.recorder import Recorder
 
 _LINGER_S = 10.0  # how long an attached client may take to fetch the last of the output
 _RETRY_S = 3.0
@@ -61,6 +62,7 @@ class Supervisor:
         self.exit_code: int | None = None
         self.final_state = PodState.EXITED
         self.checkpointer: Any = None
+        self.recorder: Recorder | None = None
         self.pool = Pool.open(dirs.home)
         self.record = self.pool.pod(start.pod_id)
         self.spec = PodSpec.from_dict(self.record.spec)
@@ -240,7 +242,9 @@ class Supervisor:
         for name, code in ended.items():
             self.clients.when_back(name, partial(self._session_over, name, code))
         self.checkpointer.recover()
-        self._tend()
+        if state.get("recording"):
+            self.recorder = recording.begin(self, state["recording"])
+        self.tend()
         self._listen()
 
     def _adopt_ended(
@@ -275,6 +279,7 @@ class Supervisor:
             "sessions": {name: session.pid for name, session in live.sessions.items()},
             "serial": self._serial,
             "attached": self.clients.attached(),
+            "recording": msgspec.to_builtins(self.recorder.settings) if self.recorder else None,
         }
 
     def _tell_state(self) -> None:
@@ -348,15 +353,15 @@ class Supervisor:
                 traceback.print_exc()
             client.send(wire.encode_error(error))
         finally:
-            self._tend()
+            self.tend()
 
-    def _tend(self) -> None:
+    def tend(self) -> None:
         """A task that a checkpoint could not stop is let go when it stops at last."""
         if self._tending is not None:
             self._tending.cancel()
             self._tending = None
         if self.checkpointer is not None and self.checkpointer.tend():
-            self._tending = self.loop.later(_TEND_S, self._tend)
+            self._tending = self.loop.later(_TEND_S, self.tend)
 
     def running(self) -> LivePod:
         """The pod; raises Conflict when it has ended."""
@@ -482,6 +487,20 @@ class Supervisor:
     def _do_checkpoint(self, client: Connection, message: dict[str, Any]) -> dict[str, Any]:
         return engine.checkpoint(self, stop=bool(message.get("stop")), message=str(message.get("message", "")))
 
+    def _do_record(self, client: Connection, message: dict[str, Any]) -> dict[str, Any]:
+        """With `settings` the pod is recorded from now on, with `off` no longer; without both: how it goes."""
+        self.running()
+        if message.get("settings") is not None or message.get("off"):
+            if self.recorder is not None:
+                self.recorder.stop()
+            done, self.recorder = self.recorder, None
+            if message.get("off"):
+                self._tell_state()
+                return recording.describe(done)
+            self.recorder = recording.begin(self, message["settings"])
+            self._tell_state()
+        return recording.describe(self.recorder)
+
     def _do_check(self, client: Connection, message: dict[str, Any]) -> dict[str, Any]:
         return {"problems": [msgspec.to_builtins(p) for p in engine.check(self)]}
 
@@ -588,6 +607,8 @@ class Supervisor:
     def _finish(self) -> None:
         """The pod's story is over: note it, tell everybody, leave."""
         self._finished = True
+        if self.recorder is not None:
+            self.recorder.stop()
         self._note_end()
         with contextlib.suppress(PodtreeError):
             if self.spec.auto_remove and not self.pool.checkpoints(self.record.id):
@@ -640,6 +661,7 @@ _REQUESTS: dict[str, _Request] = {
     "stop": Supervisor._do_stop,
     "exec": Supervisor._do_exec,
     "checkpoint": Supervisor._do_checkpoint,
+    "record": Supervisor._do_record,
     "check": Supervisor._do_check,
     "diff": Supervisor._do_diff,
     "rewind": Supervisor._do_rewind,

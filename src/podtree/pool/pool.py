@@ -11,7 +11,7 @@ import json
 import os
 import sqlite3
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -414,14 +414,14 @@ class Pool:
 
     # Checkpoints
 
-    def begin_checkpoint(self, pod: PodId) -> Draft:
+    def begin_checkpoint(self, pod: PodId, patience_s: float = LOCK_SECONDS) -> Draft:
         """Start a checkpoint of the pod; see Draft. Takes the pod's lock until it is committed or aborted.
 
         Raises Conflict while another checkpoint of the pod is being made, PodtreeError without room.
         """
         if self._locks.get(pod, (0,))[0] == os.getpid():
             raise Conflict(f"pod {pod} is being checkpointed or rewound by this process")
-        self._take_lock(pod, LOCK_SECONDS)
+        self._take_lock(pod, patience_s)
         try:
             self.make_room()
             self.store.clean_leftovers()
@@ -525,6 +525,27 @@ class Pool:
         with self.index.transaction() as connection:
             removed = retention.remove_checkpoint(connection, what.id)
         faults.point("remove:indexed")
+        self._remove_directories(removed)
+        return removed
+
+    def recorded(self, pod: PodId) -> list[tuple[int, CheckpointId]]:
+        """The pod's recorded checkpoints, with their time, that nobody has tagged or branched from."""
+        found = self.index.rows(
+            "SELECT time_ns, id FROM checkpoints c WHERE pod = ? AND json_extract(summary, '$.recorded') "
+            "AND id NOT IN (SELECT checkpoint FROM tags) "
+            "AND id NOT IN (SELECT parent FROM pods WHERE NOT removed AND parent IS NOT NULL)",
+            pod,
+        )
+        return [(row[0], CheckpointId(row[1])) for row in found]
+
+    def thin(self, checkpoints: Iterable[CheckpointId]) -> Removed:
+        """Remove those of the checkpoints that nobody has tagged meanwhile; their descendants stay."""
+        with self.index.transaction() as connection:
+            tagged = {row[0] for row in connection.execute("SELECT checkpoint FROM tags")}
+            gone = [one for one in checkpoints if one not in tagged]
+            for one in gone:
+                retention.remove_checkpoint(connection, one)
+        removed = Removed(checkpoints=tuple(gone))
         self._remove_directories(removed)
         return removed
 
