@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 import os
 import shutil
 import subprocess
@@ -52,6 +54,125 @@ def test_tar(podtree: Podtree, small_root: Path, tmp_path: Path) -> None:
         done = podtree("run", *options, "--", "sh", "-c", "cat /etc/mark; id -u")
         assert done.out == "small root\n77\n"
     assert len(list((podtree.home / "pool" / "rootfs").iterdir())) == 1
+
+
+class Layout:
+    """An OCI image layout in the making (image-spec 1.1)."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.manifests: list[dict[str, object]] = []
+        (path / "blobs" / "sha256").mkdir(parents=True)
+        (path / "oci-layout").write_text('{"imageLayoutVersion": "1.0.0"}')
+
+    def blob(self, data: bytes, kind: str) -> dict[str, object]:
+        digest = hashlib.sha256(data).hexdigest()
+        (self.path / "blobs" / "sha256" / digest).write_bytes(data)
+        return {"mediaType": f"application/vnd.oci.image.{kind}", "digest": f"sha256:{digest}", "size": len(data)}
+
+    def image(self, name: str, *layers: bytes, kind: str = "layer.v1.tar+gzip") -> None:
+        config = self.blob(b"{}", "config.v1+json")
+        manifest = {"schemaVersion": 2, "config": config, "layers": [self.blob(layer, kind) for layer in layers]}
+        found = self.blob(json.dumps(manifest).encode(), "manifest.v1+json")
+        self.manifests.append({**found, "annotations": {"org.opencontainers.image.ref.name": name}})
+        self.write(self.manifests)
+
+    def write(self, manifests: list[dict[str, object]]) -> None:
+        (self.path / "index.json").write_text(json.dumps({"schemaVersion": 2, "manifests": manifests}))
+
+
+def layer(*members: tuple[str, str | None], links: dict[str, str] | None = None) -> bytes:
+    """A gzipped tar: names with their text, or None for a directory; symbolic links."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
+        for name, text in members:
+            info = tarfile.TarInfo(name)
+            info.type, info.mode = (tarfile.DIRTYPE, 0o755) if text is None else (tarfile.REGTYPE, 0o644)
+            info.size = len(text or "")
+            tar.addfile(info, io.BytesIO((text or "").encode()))
+        for name, to in (links or {}).items():
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = tarfile.SYMTYPE, to
+            tar.addfile(info)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def layout(small_root: Path, tmp_path: Path) -> Layout:
+    """An image of three layers: the small root, files upon it, changes to them."""
+    made = Layout(tmp_path / "layout")
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
+        tar.add(small_root, ".")
+    second = layer(
+        ("srv", None), ("srv/gone", "x"), ("srv/kept", "kept"), ("srv/tree", None), ("srv/tree/below", "x"),
+        ("srv/full", None), ("srv/full/old", "x"), ("srv/dir", None), ("srv/dir/x", "x"),
+        links={"srv/link": "kept", "srv/tofull": "full"},
+    )  # fmt: skip
+    third = layer(
+        ("srv/.wh.gone", ""), ("srv/.wh.tree", ""), ("srv/full/new", "new"), ("srv/full/.wh..wh..opq", ""),
+        ("srv/link", "a file"), ("srv/dir", "a file"), ("srv/tofull", None), ("srv/tofull/inner", "x"),
+    )  # fmt: skip
+    made.image("small", buffer.getvalue(), second, third)
+    return made
+
+
+def test_oci_layout(podtree: Podtree, layout: Layout) -> None:
+    """Layers upon layers: what one takes away is gone, and what it replaces isn't written through a link."""
+    show = "cd /srv; ls -A . full tofull; cat kept link dir; cat /etc/mark"
+    for source in (f"{layout.path}", f"{layout.path}:small"):
+        done = podtree("run", "--rm", "--rootfs", source, "--", "/bin/sh", "-c", show)
+        words = ".: dir full kept link tofull full: new tofull: inner kepta filea filesmall root"
+        assert done.out.split() == words.split()
+    layout.image("other", layer(("srv", None)))
+    assert "small" in podtree("run", "--rootfs", str(layout.path), "--", "sh", code=2).err
+    assert "no image third" in podtree("run", "--rootfs", f"{layout.path}:third", "--", "sh", code=2).err
+    podtree("run", "--rm", "--rootfs", f"{layout.path}:small", "--", "/bin/sh", "-c", "true")
+
+
+def test_oci_image_for_this_machine(podtree: Podtree, layout: Layout) -> None:
+    """An index of images for several machines, itself below the layout's index, as registries have them."""
+    mine = {**layout.manifests[0], "platform": {"architecture": "amd64", "os": "linux"}}
+    other = {**layout.blob(b"{}", "manifest.v1+json"), "platform": {"architecture": "riscv64", "os": "linux"}}
+    index = json.dumps({"schemaVersion": 2, "manifests": [other, mine]}).encode()
+    layout.write([layout.blob(index, "index.v1+json")])
+    done = podtree("run", "--rm", "--rootfs", str(layout.path), "--", "/bin/sh", "-c", "cat /srv/kept")
+    assert done.out == "kept"
+
+
+def test_hostile_oci_layout(podtree: Podtree, layout: Layout, tmp_path: Path) -> None:
+    """What isn't what its digest says, or wants out of the layout or the root, is refused by name or stays inside."""
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "file").write_text("x")
+
+    def refused(words: str) -> None:
+        assert words in podtree("run", "--rm", "--rootfs", str(layout.path), "--", "sh", code=2).err
+
+    good = layout.manifests
+    layout.write([{**good[0], "digest": "sha256:../../../../etc/passwd"}])
+    refused("isn't a SHA-256 digest")
+    layout.write([{**good[0], "digest": "sha256:" + "0" * 64}])
+    refused("is missing")
+    layout.write([])
+    refused("0 images")
+    (layout.path / "index.json").write_text('{"manifests": 7}')
+    refused("can't be read")
+    layout.manifests = []
+    layout.image("squashed", b"squashfs", kind="layer.v1.squashfs")
+    refused("not a tar file")
+    layout.manifests = []
+    layout.image("zstd", b"x", kind="layer.v1.tar+zstd")
+    refused("zstd")
+    layout.manifests = []
+    evil = layer(("a/../../../../.." + str(outside) + "/.wh.file", ""), links={"out": str(outside)})
+    layout.image("evil", evil, layer((f"{outside}/.wh.file", ""), ("out/.wh..wh..opq", ""), ("out/written", "x")))
+    podtree("run", "--rm", "--rootfs", str(layout.path), "--", "sh", code=None)
+    assert [path.name for path in outside.iterdir()] == ["file"]
+    blob = layout.path / "blobs" / "sha256" / str(good[0]["digest"]).partition(":")[2]
+    layout.write(good)
+    blob.write_bytes(blob.read_bytes() + b" ")
+    refused("damaged")
 
 
 def test_not_a_root(podtree: Podtree, tmp_path: Path) -> None:

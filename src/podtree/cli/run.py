@@ -26,7 +26,7 @@ from podtree.recorder.settings import Settings
 @click.option("--hostname", help="[the pod's name]")
 @click.option("-u", "--user", default="", metavar="NAME|UID[:GROUP]", help="[root]")
 @click.option("-v", "--volume", multiple=True, metavar="SRC:DST[:ro]", help="Show a host directory.")
-@click.option("--rootfs", "root", metavar="DIR|TAR", help="Its root, instead of the host's own.")
+@click.option("--rootfs", "root", metavar="DIR|TAR|OCI[:NAME]", help="Its root, instead of the host's own.")
 @click.option("--memory", metavar="SIZE", help="At most this much memory: 512m.")
 @click.option("--cpus", type=float, metavar="N", help="At most this many CPUs: 1.5.")
 @click.option("--pids", type=int, metavar="N", help="At most this many tasks [half of the machine's].")

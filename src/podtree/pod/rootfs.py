@@ -1,4 +1,4 @@
-"""`--rootfs`: a directory as it is, or a tar file, unpacked once into the pool.
+"""`--rootfs`: a directory as it is, or a tar file or the layers of an OCI image, unpacked once into the pool.
 
 Unpacking is done by a child whose root is the target directory, so no name or link in the archive can
 reach out of it. Device nodes are left out: pods have their own.
@@ -19,17 +19,24 @@ from typing import IO
 from podtree.errors import PodtreeError, UsageError
 from podtree.kernel import caps
 from podtree.kernel.caps import Cap
+from podtree.pod import ocilayout
 
+_WHITEOUT = ".wh."
+_OPAQUE = ".wh..wh..opq"
 _XATTR = "SCHILY.xattr."  # pax(5) as GNU tar and others extend it
 
 
 def prepare(pool_root: Path, source: str) -> str:
     """The directory that is to be the pod's lower layer; raises UsageError."""
     path = Path(source).resolve()
+    layout = ocilayout.find(source)
+    if layout is not None:
+        image = ocilayout.read(*layout)
+        return _unpacked(pool_root, image.digest, image.layers, source, layered=True)
     if path.is_dir():
         return str(path)
     if not path.is_file():
-        raise UsageError(f"--rootfs {source}: no such directory or tar file")
+        raise UsageError(f"--rootfs {source}: no such directory, tar file or OCI layout")
     if not tarfile.is_tarfile(path):
         raise UsageError(
             f"--rootfs {source}: neither a directory nor a tar file",
@@ -37,39 +44,48 @@ def prepare(pool_root: Path, source: str) -> str:
         )
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-        target = pool_root / "rootfs" / digest[:32]
-        if not target.is_dir():
-            file.seek(0)
-            _unpack_into(file, target, source)
+    return _unpacked(pool_root, digest, (path,), source, layered=False)
+
+
+def _unpacked(pool_root: Path, digest: str, layers: tuple[Path, ...], source: str, *, layered: bool) -> str:
+    """Where the tar files are unpacked, one above the other; `digest` names them all.
+
+    `layered`: they are layers of an image, in which some names take files away (image-spec, layer.md: whiteouts).
+    """
+    target = pool_root / "rootfs" / digest[:32]
+    if not target.is_dir():
+        with contextlib.ExitStack() as stack:
+            _unpack_into([stack.enter_context(open(layer, "rb")) for layer in layers], target, source, layered)
     return str(target)
 
 
-def _unpack_into(file: IO[bytes], target: Path, source: str) -> None:
+def _unpack_into(layers: list[IO[bytes]], target: Path, source: str, layered: bool) -> None:
     """By way of a directory of another name: `target` is whole or isn't there."""
     target.parent.mkdir(mode=0o700, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=".new-", dir=target.parent))
     try:
-        _in_child(file, draft, source)
+        _in_child(layers, draft, source, layered)
         with contextlib.suppress(OSError):  # somebody else was faster
             os.rename(draft, target)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def _in_child(file: IO[bytes], draft: Path, source: str) -> None:
+def _in_child(layers: list[IO[bytes]], draft: Path, source: str, layered: bool) -> None:
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
         code = 1
         try:
             os.chmod(draft, 0o755)
-            with tarfile.open(fileobj=file) as archive:
-                first = archive.next()  # imports what the compression needs, while there is a file system
-                os.chroot(draft)
-                os.chdir("/")
-                _lay_down_arms()
-                if first is not None:
-                    _unpack(archive)
+            archives = [tarfile.open(fileobj=file) for file in layers]
+            for archive in archives:
+                archive.next()  # imports what the compression needs, while there is a file system
+            os.chroot(draft)
+            os.chdir("/")
+            _lay_down_arms()
+            for archive in archives:
+                _unpack(archive, layered)
             code = 0
         except BaseException as error:
             os.write(writer, f"{type(error).__name__}: {error}".encode()[:4000])
@@ -90,9 +106,19 @@ def _lay_down_arms() -> None:
     caps.capset(kept, kept, 0)
 
 
-def _unpack(archive: tarfile.TarFile) -> None:
+def _unpack(archive: tarfile.TarFile, layered: bool) -> None:
+    if layered:
+        for member in archive.getmembers():
+            _white_out(member.name)
+
     def wanted(member: tarfile.TarInfo, _path: str) -> tarfile.TarInfo | None:
-        return None if member.isdev() and not member.isfifo() else member
+        if member.isdev() and not member.isfifo():
+            return None
+        if layered:
+            if Path(member.name).name.startswith(_WHITEOUT):
+                return None
+            _make_way(member)
+        return member
 
     archive.extractall(".", numeric_owner=True, filter=wanted)
     for member in archive.getmembers():
@@ -101,3 +127,27 @@ def _unpack(archive: tarfile.TarFile) -> None:
                 with contextlib.suppress(OSError):
                     raw = value.encode("utf-8", "surrogateescape")
                     os.setxattr(member.name, key.removeprefix(_XATTR), raw, follow_symlinks=False)
+
+
+def _white_out(name: str) -> None:
+    """Take away what a whiteout names: a file or tree of the layers below, or all that is in a directory."""
+    path = Path(name)
+    if path.name == _OPAQUE:
+        for entry in path.parent.iterdir() if path.parent.is_dir() else ():
+            _remove(entry)
+    elif path.name.startswith(_WHITEOUT):
+        _remove(path.with_name(path.name.removeprefix(_WHITEOUT)))
+
+
+def _make_way(member: tarfile.TarInfo) -> None:
+    """Only a directory may stay where one is to be: a file would be written through a link, or into its other names."""
+    path = Path(member.name)
+    if not (member.isdir() and path.is_dir() and not path.is_symlink()):
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
