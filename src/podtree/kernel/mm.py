@@ -147,6 +147,23 @@ def scan_pages(
     return found
 
 
+def write_protection_marks(pagemap_fd: int, start: int, end: int) -> list[tuple[int, int]]:
+    """Runs (first page, count) in [start, end) that are no pages but only a note that userfaultfd protects them.
+
+    In /proc/PID/pagemap (admin-guide/mm/pagemap.rst) such a note is an entry of the last swap type, PTE_MARKER
+    (include/linux/swap.h), with bit 0 of its offset set (PTE_MARKER_UFFD_WP, include/linux/swapops.h).
+    """
+    runs: list[tuple[int, int]] = []
+    raw = os.pread(pagemap_fd, (end - start) // PAGE_SIZE * 8, start // PAGE_SIZE * 8)
+    for page, (entry,) in enumerate(struct.iter_unpack("<Q", raw), start // PAGE_SIZE):
+        if entry >> 62 & 1 and entry & 31 == 31 and entry >> 5 & 1:
+            if runs and sum(runs[-1]) == page:
+                runs[-1] = (runs[-1][0], runs[-1][1] + 1)
+            else:
+                runs.append((page, 1))
+    return runs
+
+
 def uffd_enable(uffd: int) -> None:
     """UFFDIO_API for asynchronous write-protection tracking (6.7+); OSError EINVAL without it."""
     features = (

@@ -21,6 +21,7 @@ from podtree.errors import RestoreFailed
 from podtree.kernel import mm, procfs
 from podtree.kernel.procfs import MapEntry
 from podtree.kernel.sys import NR, PAGE_SIZE
+from podtree.objects.contents import subtract_runs
 from podtree.script.task import Script
 
 ARCH_MAP_VDSO_64 = 0x2003
@@ -224,46 +225,97 @@ class ScannedPages(msgspec.Struct):
 def scan(pid: int, entries: list[MapEntry], *, tracked: bool) -> ScannedPages:
     """Walk the private mappings: what is there, what was written since the last walk.
 
-    Tracked mappings are walked in one go and write-protected again; others count as all written.
-    A page of a private file mapping that is still the file's own (PAGE_IS_FILE), and the shared zero
-    page, hold nothing to save. ProcessLookupError if the process has ended, which one that runs may at any time.
+    What is tracked is write-protected again; mappings that aren't (or all, unless `tracked`) count as all written.
+    A page of a private file mapping that is still the file's own (PAGE_IS_FILE), and the shared zero page, hold
+    nothing to save, and are replaced when they are written to, so they need no protection.
+    ProcessLookupError if the process has ended, which one that runs may at any time.
     """
-    anyof = mm.PAGE_IS_PRESENT | mm.PAGE_IS_SWAPPED | _guard_category()
-    returned = mm.PAGE_IS_WRITTEN | mm.PAGE_IS_FILE | mm.PAGE_IS_PFNZERO | _guard_category()
+    private = [e for e in entries if is_trackable(e)]
+    of_files = [e for e in private if e.inode]
+    pages = ScannedPages([], [], [])
     try:
         fd = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError as error:
         raise ProcessLookupError(error.errno, f"process {pid} has ended") from error
     try:
         if tracked:
-            regions = mm.scan_pages(
-                fd,
-                0,
-                mm.TASK_SIZE,
-                allof=mm.PAGE_IS_WPALLOWED,
-                anyof=anyof,
-                returned=returned,
-                flags=mm.PM_SCAN_WP_MATCHING,
-            )
+            for start, end, near_files in _stretches(of_files):
+                _take(pages, fd, _walk(fd, start, end, near_files, protect=True), of_files)
         else:
-            private = [e for e in entries if is_trackable(e)]
-            regions = [
-                (start, end, categories | mm.PAGE_IS_WRITTEN)
-                for e in private
-                for start, end, categories in mm.scan_pages(fd, e.start, e.end, anyof=anyof, returned=returned)
-            ]
+            for e in private:
+                found = _walk(fd, e.start, e.end, bool(e.inode), protect=False)
+                _take(pages, fd, [(start, end, what | mm.PAGE_IS_WRITTEN) for start, end, what in found], of_files)
+        if guard := _guard_category():
+            for e in entries:
+                if e.perms[3] == "s":
+                    found = mm.scan_pages(fd, e.start, e.end, anyof=guard, returned=guard)
+                    pages.guards += [(start, end - start) for start, end, _ in found]
     finally:
         os.close(fd)
-    pages = ScannedPages([], [], [])
+    return pages
+
+
+_NEAR = 256 << 10  # bytes; walking over so much of other memory takes no longer than another call
+Region = tuple[int, int, int]  # begin, end, categories
+
+
+def _stretches(of_files: list[MapEntry]) -> list[tuple[int, int, bool]]:
+    """The address space in parts: those with private mappings of files in them, and those between.
+
+    To tell a page of a file the kernel looks at the page's description, which takes many times longer than the
+    rest of a walk: so only where there can be some.
+    """
+    parts: list[list[int]] = []
+    for entry in of_files:
+        if parts and entry.start - parts[-1][1] <= _NEAR:
+            parts[-1][1] = entry.end
+        else:
+            parts.append([entry.start, entry.end])
+    found: list[tuple[int, int, bool]] = []
+    position = 0
+    for start, end in parts:
+        found += [(position, start, False), (start, end, True)]
+        position = end
+    return [*found, (position, mm.TASK_SIZE, False)]
+
+
+def _walk(pagemap_fd: int, start: int, end: int, near_files: bool, *, protect: bool) -> list[Region]:
+    """What there is in a part of the address space, but for pages of files and the shared zero page."""
+    anyof = mm.PAGE_IS_PRESENT | mm.PAGE_IS_SWAPPED | _guard_category()
+    without = mm.PAGE_IS_PFNZERO | (mm.PAGE_IS_FILE if near_files else 0)
+    swapped = mm.PAGE_IS_SWAPPED if near_files else 0
+    return mm.scan_pages(
+        pagemap_fd,
+        start,
+        end,
+        allof=without | (mm.PAGE_IS_WPALLOWED if protect else 0),
+        inverted=without,
+        anyof=anyof,
+        returned=mm.PAGE_IS_WRITTEN | swapped | _guard_category(),
+        flags=mm.PM_SCAN_WP_MATCHING if protect else 0,
+    )
+
+
+def _take(pages: ScannedPages, pagemap_fd: int, regions: list[Region], of_files: list[MapEntry]) -> None:
+    """Add what a walk has found.
+
+    In a mapping of a file, what was dropped (madvise(2), reclaim) after it had been write-protected leaves a mark that
+    looks like a swapped page: the next access reads the file. Anonymous memory keeps no such marks (mm/memory.c,
+    pte_install_uffd_wp_if_needed()).
+    """
     for start, end, categories in regions:
-        run = (start // PAGE_SIZE, (end - start) // PAGE_SIZE)
+        runs = [(start // PAGE_SIZE, (end - start) // PAGE_SIZE)]
         if categories & mm.PAGE_IS_GUARD:
             pages.guards.append((start, end - start))
-        elif not categories & (mm.PAGE_IS_FILE | mm.PAGE_IS_PFNZERO):
-            pages.saved.append(run)
-            if categories & mm.PAGE_IS_WRITTEN:
-                pages.written.append(run)
-    return pages
+            continue
+        if categories & mm.PAGE_IS_SWAPPED:
+            for entry in of_files:
+                if entry.start < end and start < entry.end:
+                    first, last = max(start, entry.start), min(end, entry.end)
+                    runs = subtract_runs(runs, mm.write_protection_marks(pagemap_fd, first, last))
+        pages.saved += runs
+        if categories & mm.PAGE_IS_WRITTEN:
+            pages.written += runs
 
 
 def written(pid: int) -> list[tuple[int, int]]:
