@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import json
 import mmap
@@ -547,6 +548,164 @@ def test_options() -> None:
 
     defer = 7
     transplant(setup, check)
+
+
+IP, IP6, TCP, SOL = socket.IPPROTO_IP, socket.IPPROTO_IPV6, socket.IPPROTO_TCP, socket.SOL_SOCKET
+#: (level, number, value) of what a connection, and what a listener may have set; numbers of linux/{in,in6,tcp,socket}.h
+EVERYWHERE = [
+    (SOL, 29, 1), (SOL, 46, 50), (SOL, 60, 1), (SOL, 18, 5), (SOL, 36, 42), (SOL, 69, 1), (SOL, 74, 0),
+    (IP, 10, 2), (IP, 21, 33), (IP, 1, 0x10), (IP, 2, 9), (IP, 11, 1), (IP, 15, 1), (IP, 49, 0), (SOL, 12, 5),
+    (TCP, 7, 3), (TCP, 8, 17), (TCP, 18, 4321), (TCP, 25, 5000), (TCP, 1, 1), (TCP, 3, 1), (TCP, 4, 77), (TCP, 5, 11),
+    (TCP, 6, 3), (TCP, 16, 1), (TCP, 36, 1), (TCP, 37, 200), (TCP, 44, 90_000), (TCP, 12, 0),
+]  # fmt: skip
+#: SO_TIMESTAMP, SO_BUSY_POLL, SO_ZEROCOPY, SO_RCVLOWAT, SO_MARK, SO_PREFER_BUSY_POLL, SO_TXREHASH;
+#: IP_MTU_DISCOVER, IP_MINTTL, IP_TOS, IP_TTL, IP_RECVERR, IP_FREEBIND, IP_MULTICAST_ALL; SO_PRIORITY; TCP_SYNCNT,
+#: TCP_LINGER2, TCP_USER_TIMEOUT, TCP_NOTSENT_LOWAT, TCP_NODELAY, TCP_CORK, TCP_KEEP*, TCP_THIN_LINEAR_TIMEOUTS,
+#: TCP_INQ, TCP_TX_DELAY, TCP_RTO_MAX_MS, TCP_QUICKACK
+LISTENING = [(TCP, 9, 7), (TCP, 23, 5), (TCP, 27, 1)]  # TCP_DEFER_ACCEPT, TCP_FASTOPEN, TCP_SAVE_SYN
+
+
+def test_every_option() -> None:
+    """Each on a connection, on a listener, and on a socket that is neither."""
+
+    def setup() -> Sockets:
+        made = connection() | {"l": listening(port=7001), "f": tcp()}
+        for name in ("c", "l", "f"):
+            for option in EVERYWHERE + (LISTENING if name == "l" else []):
+                made[name].setsockopt(*option)
+            made[name].setsockopt(SOL, 47, struct.pack("=Q", 1_000_000))  # SO_MAX_PACING_RATE
+            made[name].setsockopt(TCP, socket.TCP_CONGESTION, b"reno")
+        for name in ("l", "f"):
+            made[name].setsockopt(TCP, socket.TCP_MAXSEG, 777)
+        for name in ("c", "f"):
+            made[name].setsockopt(TCP, socket.TCP_WINDOW_CLAMP, 30_000)
+        return made
+
+    def check(made: Sockets) -> None:
+        for name in ("c", "l", "f"):
+            for level, number, value in EVERYWHERE + (LISTENING if name == "l" else []):
+                assert made[name].getsockopt(level, number) == value, (name, level, number)
+            assert made[name].getsockopt(SOL, 47, 8) == struct.pack("=Q", 1_000_000)
+            assert made[name].getsockopt(TCP, socket.TCP_CONGESTION, 16).rstrip(b"\0") == b"reno"
+        assert [made[name].getsockopt(TCP, socket.TCP_MAXSEG) for name in "lf"] == [777, 777]
+        assert [made[name].getsockopt(TCP, socket.TCP_WINDOW_CLAMP) for name in "cf"] == [30_000, 30_000]
+
+    transplant(setup, check)
+
+
+@pytest.mark.parametrize("who", ["client", "listener", "both"])
+def test_segment_size(who: str) -> None:
+    """A connection made with TCP_MAXSEG goes on with such segments, both ways."""
+
+    def setup() -> Sockets:
+        listener, client = listening(), tcp()
+        if who != "client":
+            listener.setsockopt(TCP, socket.TCP_MAXSEG, 700)
+        if who != "listener":
+            client.setsockopt(TCP, socket.TCP_MAXSEG, 900)
+        client.connect(("127.0.0.1", 7000))
+        server, _ = listener.accept()
+        server.settimeout(PATIENCE_S)
+        waiting = tcp()
+        waiting.connect(("127.0.0.1", 7000))
+        return {"c": client, "s": server, "l": listener, "w": waiting}
+
+    def check(made: Sockets) -> None:
+        sizes = [made[name].getsockopt(TCP, socket.TCP_MAXSEG) for name in "csw"]
+        least = {"client": 900, "listener": 700, "both": 700}[who] - 12  # with time stamps
+        assert sizes[:2] == [least, least]
+        assert sizes[2] > 10_000 if who == "client" else sizes[2] == least
+
+    transplant(setup, check)
+
+
+def test_saved_syn() -> None:
+    """TCP_SAVE_SYN: the packet that made a connection can still be looked at."""
+
+    def setup() -> Sockets:
+        listener, client = listening(), tcp()
+        listener.setsockopt(TCP, 27, 1)
+        client.connect(("127.0.0.1", 7000))
+        return {"l": listener, "c": client, "s": listener.accept()[0]}
+
+    def check(made: Sockets) -> None:
+        syn = made["s"].getsockopt(TCP, 28, 200)
+        assert syn[12:16] == syn[16:20] == bytes((127, 0, 0, 1)) and syn[20:22] == struct.pack(
+            "!H", made["c"].getsockname()[1]
+        )
+
+    transplant(setup, check)
+
+
+def test_steering_program() -> None:
+    """A program that chooses among the listeners of an address (SO_ATTACH_REUSEPORT_CBPF)."""
+
+    def setup() -> Sockets:
+        made: Sockets = {}
+        for number in range(3):
+            made[str(number)] = sock = tcp()
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            sock.bind(("127.0.0.1", 7000))
+            sock.listen()
+        code = ctypes.create_string_buffer(struct.pack("=HBBI", 6, 0, 0, 2), 8)
+        program = struct.pack("@HxxxxxxQ", 1, ctypes.addressof(code))
+        made["0"].setsockopt(socket.SOL_SOCKET, 51, program)
+        clients = [tcp() for _ in range(3)]
+        for client in clients:
+            client.connect(("127.0.0.1", 7000))
+            client.send(b"x")
+        return made | {f"c{number}": client for number, client in enumerate(clients)}
+
+    def check(made: Sockets) -> None:
+        for _ in range(20):
+            tcp().connect(("127.0.0.1", 7000))
+        assert [ksock.tcp_info(made[str(number)])[1] for number in range(3)] == [0, 0, 23]
+
+    transplant(setup, check)
+
+
+@pytest.mark.parametrize("family,host", [(V4, "127.0.0.1"), (V6, "::")])
+def test_multipath_listener(family: int, host: str) -> None:
+    """As Go makes them: plain clients get plain connections, also those not accepted yet."""
+
+    def setup() -> Sockets:
+        made = {
+            "l": socket.socket(family, socket.SOCK_STREAM, 262),
+            "f": socket.socket(family, socket.SOCK_STREAM, 262),
+        }
+        made["l"].bind((host, 7000))
+        made["l"].listen(5)
+        for name in ("c", "w"):
+            made[name] = tcp()
+            made[name].connect(("127.0.0.1", 7000))
+            made[name].send(name.encode())
+            if name == "c":
+                made["s"], _ = made["l"].accept()
+        return made
+
+    def check(made: Sockets) -> None:
+        protocols = [made[name].getsockopt(socket.SOL_SOCKET, 38) for name in "lfs"]  # SO_PROTOCOL
+        assert protocols == [262, 262, socket.IPPROTO_TCP]
+        late, _ = made["l"].accept()
+        assert (made["s"].recv(5), late.recv(5)) == (b"c", b"w")
+        multi = socket.socket(V4, socket.SOCK_STREAM, 262)
+        multi.connect(("127.0.0.1", 7000))
+        accepted, _ = made["l"].accept()
+        assert accepted.getsockopt(socket.SOL_SOCKET, 38) == 262
+        made["f"].connect(("::ffff:127.0.0.1" if family == V6 else "127.0.0.1", 7000))
+
+    transplant(setup, check)
+
+
+def test_refuses_a_multipath_connection() -> None:
+    def setup() -> Sockets:
+        listener, client = (socket.socket(V4, socket.SOCK_STREAM, 262) for _ in range(2))
+        listener.bind(("127.0.0.1", 7000))
+        listener.listen()
+        client.connect(("127.0.0.1", 7000))
+        return {"l": listener, "c": client, "s": listener.accept()[0]}
+
+    refused(setup, "MPTCP")
 
 
 def test_reuseport_group() -> None:

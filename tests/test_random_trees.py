@@ -28,7 +28,6 @@ ALONE = {  # cases that need the pod for themselves: fixed ports and names, much
     "credentials.environment_of_the_pod",
     "processes.tree",
 }
-KNOWN = {"sockets.empty_datagrams"}  # a product gap, see test_objects_in_pod.py
 CASES = sorted(
     {
         f"{program}.{case}"
@@ -36,7 +35,6 @@ CASES = sorted(
         for case in cases_of(f"{program}.py")
     }
     - ALONE
-    - KNOWN
 )
 
 

@@ -18,11 +18,14 @@ import socket
 import struct
 from collections.abc import Iterable, Iterator
 
+SO_TYPE, SO_PROTOCOL, SO_DOMAIN = 3, 38, 39
 SO_PEEK_OFF = 42
 SO_NETNS_COOKIE = 71
 SO_PEERGROUPS = 59
+SO_ATTACH_FILTER, SO_DETACH_FILTER = 26, 27
+SO_MEMINFO = 55
 SO_ATTACH_REUSEPORT_CBPF, SO_DETACH_REUSEPORT_BPF = 51, 68
-BPF_RET_K = 0x06  # linux/bpf_common.h
+BPF_RET_K, BPF_MAXINSNS = 0x06, 4096  # linux/bpf_common.h
 SCM_PIDFD = 4
 SIOCINQ = 0x541B
 SIOCOUTQ = 0x5411
@@ -36,6 +39,8 @@ TCP_INFO = 11
 TCP_REPAIR = 19
 TCP_REPAIR_QUEUE = 20
 TCP_QUEUE_SEQ = 21
+TCP_SAVE_SYN, TCP_SAVED_SYN = 27, 28
+TCPI_OPT_TIMESTAMPS = 1
 TCP_REPAIR_ON = 1
 TCP_REPAIR_OFF_NO_WP = -1  # leaves repair mode without sending a window probe
 TCP_NO_QUEUE, TCP_RECV_QUEUE, TCP_SEND_QUEUE = 0, 1, 2
@@ -66,6 +71,13 @@ class Peeked:
     address: object  # as Python's socket module gives it
     controls: tuple[tuple[int, int, bytes], ...]
     descriptors: tuple[int, ...]  # duplicates, in this process, of those sent along (SCM_RIGHTS)
+
+
+def adopt(fd: int) -> socket.socket:
+    """A socket object for a descriptor, which becomes its own. By itself Python asks for a name, which not all have."""
+    sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM, 0, fileno=fd)
+    family, kind, protocol = (sock.getsockopt(socket.SOL_SOCKET, what) for what in (SO_DOMAIN, SO_TYPE, SO_PROTOCOL))
+    return socket.socket(family, kind, protocol, fileno=sock.detach())
 
 
 def events(fd: int) -> int:
@@ -99,6 +111,11 @@ def bound_file(sock: socket.socket) -> int | None:
         return None
 
 
+def memory_used(sock: socket.socket) -> int:
+    """Bytes of kernel memory that what waits in the receive queue takes (SK_MEMINFO_RMEM_ALLOC): more than 0 each."""
+    return int(struct.unpack("I", sock.getsockopt(socket.SOL_SOCKET, SO_MEMINFO, 4))[0])
+
+
 def peer_groups(sock: socket.socket) -> tuple[int, ...]:
     """SO_PEERGROUPS: the supplementary groups of who made the other end of a unix connection."""
     try:
@@ -108,6 +125,22 @@ def peer_groups(sock: socket.socket) -> tuple[int, ...]:
     return struct.unpack(f"{len(raw) // 4}I", raw)
 
 
+def advertised_segment(sock: socket.socket) -> int:
+    """The segment size that this end of a connection has asked for: tcpi_advmss, less what time stamps take."""
+    raw = sock.getsockopt(socket.IPPROTO_TCP, TCP_INFO, 104)
+    stamps = 12 if raw[5] & TCPI_OPT_TIMESTAMPS else 0
+    return int(struct.unpack_from("I", raw, 84)[0]) + stamps
+
+
+def has_saved_syn(sock: socket.socket) -> bool:
+    """Whether the packet that made the connection can be had by TCP_SAVED_SYN, which gives it only once."""
+    try:
+        sock.getsockopt(socket.IPPROTO_TCP, TCP_SAVED_SYN, 1)
+    except OSError as error:  # EINVAL: there is more than one byte of it
+        return error.errno == errno.EINVAL
+    return False
+
+
 def tcp_info(sock: socket.socket) -> tuple[TcpState, int, int]:
     """(state, tcpi_unacked, tcpi_sacked); of a listener the last two are its queue's length and limit."""
     raw = sock.getsockopt(socket.IPPROTO_TCP, TCP_INFO, 104)
@@ -115,12 +148,19 @@ def tcp_info(sock: socket.socket) -> tuple[TcpState, int, int]:
     return TcpState(raw[0]), unacked, sacked
 
 
+def attach_program(sock: socket.socket, option: int, program: bytes) -> None:
+    """Set SO_ATTACH_FILTER or SO_ATTACH_REUSEPORT_CBPF to an array of struct sock_filter; OSError if that is none."""
+    if len(program) > 8 * BPF_MAXINSNS:
+        raise OSError(errno.E2BIG, os.strerror(errno.E2BIG))
+    code = ctypes.create_string_buffer(program, len(program))
+    fprog = struct.pack("@HxxxxxxQ", len(program) // 8, ctypes.addressof(code))  # struct sock_fprog
+    sock.setsockopt(socket.SOL_SOCKET, option, fprog)
+
+
 @contextlib.contextmanager
 def reuseport_index(sock: socket.socket, index: int) -> Iterator[None]:
     """Within, the socket number `index` of the SO_REUSEPORT group of `sock` gets all that comes."""
-    instruction = ctypes.create_string_buffer(struct.pack("=HBBI", BPF_RET_K, 0, 0, index), 8)
-    program = struct.pack("@HxxxxxxQ", 1, ctypes.addressof(instruction))  # struct sock_fprog
-    sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_REUSEPORT_CBPF, program)
+    attach_program(sock, SO_ATTACH_REUSEPORT_CBPF, struct.pack("=HBBI", BPF_RET_K, 0, 0, index))
     try:
         yield
     finally:

@@ -1,6 +1,6 @@
 """NETLINK_SOCK_DIAG: what the kernel knows of the sockets of a network namespace, whoever holds them.
 
-Source: sock_diag(7); include/uapi/linux/{sock_diag,unix_diag,inet_diag,netlink_diag}.h;
+Source: sock_diag(7); include/uapi/linux/{sock_diag,unix_diag,inet_diag,netlink_diag,packet_diag}.h;
 net/unix/diag.c, net/ipv4/inet_diag.c (Linux 6.18).
 """
 
@@ -35,8 +35,12 @@ UNIX_DIAG_ICONS = 3
 UNIX_DIAG_RQLEN = 4
 UNIX_DIAG_SHUTDOWN = 6
 
+INET_DIAG_SHUTDOWN = 8
 INET_DIAG_MD5SIG = 18
 INET_DIAG_ULP_INFO = 19
+
+PACKET_SHOW_MCLIST, PACKET_SHOW_RING_CFG, PACKET_SHOW_FANOUT = 2, 4, 8  # linux/packet_diag.h
+PACKET_DIAG_MCLIST, PACKET_DIAG_RX_RING, PACKET_DIAG_TX_RING, PACKET_DIAG_FANOUT = 1, 2, 3, 4
 
 NDIAG_SHOW_FLAGS = 0x8
 NETLINK_DIAG_FLAGS = 4
@@ -46,6 +50,7 @@ _NLMSG = struct.Struct("=IHHII")
 _ATTR = struct.Struct("=HH")
 _UNIX_MSG = struct.Struct("=BBBxI8x")
 _INET_MSG = struct.Struct("=BBBB2s2s16s16sI8sIIIII")
+_PACKET_MSG = struct.Struct("=4xI8x")
 _NETLINK_MSG = struct.Struct("=BBBBIIII8x")
 
 
@@ -76,6 +81,7 @@ class InetDiag:
     send_queue: int
     ino: int
     attributes: frozenset[int]
+    shutdown: int  # 1 RCV_SHUTDOWN, 2 SEND_SHUTDOWN
 
 
 @dataclasses.dataclass(slots=True, frozen=True)
@@ -86,6 +92,15 @@ class NetlinkDiag:
     protocol: int
     portid: int
     dump_running: bool
+
+
+@dataclasses.dataclass(slots=True, frozen=True)
+class PacketDiag:
+    """One packet socket. `listeners`: (interface, PACKET_MR_*, address, count) of PACKET_ADD_MEMBERSHIP."""
+
+    ring: bool
+    fanout: bool
+    listeners: tuple[tuple[int, int, bytes, int], ...]
 
 
 class DiagSocket:
@@ -161,6 +176,20 @@ class DiagSocket:
             found[ino] = NetlinkDiag(ino, protocol, portid, bool(flags & NDIAG_FLAG_CB_RUNNING))
         return found
 
+    def packet(self) -> dict[int, PacketDiag]:
+        """All packet sockets of the namespace, by inode number."""
+        show = PACKET_SHOW_MCLIST | PACKET_SHOW_RING_CFG | PACKET_SHOW_FANOUT
+        request = struct.pack("=BBHIIII", socket.AF_PACKET, 0, 0, 0, show, 0, 0)
+        found = {}
+        for body in self._ask(request, dump=True):
+            attrs = dict(_attributes(body, _PACKET_MSG.size))
+            entries = struct.iter_unpack("=IIHH32s", attrs.get(PACKET_DIAG_MCLIST, b""))
+            listeners = [(index, kind, address[:length], count) for index, count, kind, length, address in entries]
+            rings = PACKET_DIAG_RX_RING in attrs or PACKET_DIAG_TX_RING in attrs
+            (ino,) = _PACKET_MSG.unpack_from(body)
+            found[ino] = PacketDiag(rings, PACKET_DIAG_FANOUT in attrs, tuple(listeners))
+        return found
+
     def _ask(self, request: bytes, *, dump: bool) -> Iterator[bytes]:
         flags = NLM_F_REQUEST | (NLM_F_DUMP if dump else 0)
         header = _NLMSG.pack(_NLMSG.size + len(request), SOCK_DIAG_BY_FAMILY, flags, 1, 0)
@@ -197,6 +226,7 @@ def _inet(body: bytes) -> InetDiag:
     fields = _INET_MSG.unpack_from(body)
     family, state, _, _, sport, dport, src, dst = fields[:8]
     size = 4 if family == socket.AF_INET else 16
+    attributes = dict(_attributes(body, _INET_MSG.size))
     return InetDiag(
         family=family,
         state=state,
@@ -205,7 +235,8 @@ def _inet(body: bytes) -> InetDiag:
         receive_queue=fields[11],
         send_queue=fields[12],
         ino=fields[14],
-        attributes=frozenset(kind for kind, _ in _attributes(body, _INET_MSG.size)),
+        attributes=frozenset(attributes),
+        shutdown=attributes.get(INET_DIAG_SHUTDOWN, b"\0")[0],
     )
 
 

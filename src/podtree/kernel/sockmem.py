@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import socket
+import struct
 from array import array
 from collections.abc import Iterator
 
@@ -19,6 +20,9 @@ from podtree.kernel.sock import SHUT_RCV, SHUT_SEND, TcpState
 
 MASK = 0xFFFFFFFF
 FIN = 0x01  # of tcp_skb_cb.tcp_flags
+ETH_P_IPV6 = 0x86DD  # linux/if_ether.h
+UDP_HEADER = 8
+IPPROTO_MPTCP = 262  # linux/in.h
 ATTEMPTS = 5  # at what changes while it is read
 _MOVING = ("rcv_nxt", "copied_seq", "snd_una", "write_seq")  # when these stay, so do the queues
 _MAPPED = bytes(10) + b"\xff\xff"  # what an IPv4 address begins with as an IPv6 one
@@ -83,6 +87,33 @@ class UnixEmbryo:
     queue: tuple[UnixMessage, ...]
 
 
+@dataclasses.dataclass(slots=True, frozen=True)
+class Datagram:
+    """A UDP datagram in a queue. Hosts are packed, IPv4 or IPv6 as it came.
+
+    `merged`: several, by UDP_GRO. `extended`: its header has IP options, or others stand between.
+    """
+
+    data: bytes
+    source: tuple[Host, int]
+    destination: Host
+    ttl: int
+    tos: int
+    merged: bool
+    extended: bool
+
+
+@dataclasses.dataclass(slots=True, frozen=True)
+class Group:
+    """A socket's place in its SO_REUSEPORT group, and the program that chooses among the members.
+
+    b"" without one; None for one that can't be read back (SO_ATTACH_REUSEPORT_EBPF).
+    """
+
+    index: int
+    program: bytes | None
+
+
 class SocketMemory:
     """Looks at sockets through kernel memory. All methods raise OSError (Unreadable) or KeyError."""
 
@@ -97,6 +128,27 @@ class SocketMemory:
 
     def _offset(self, name: str, path: str) -> int:
         return self.memory.btf.member(name, path).offset
+
+    def group(self, fd: int) -> Group | None:
+        """The SO_REUSEPORT group of a socket; None without one."""
+        address = self.memory.sock(fd)
+        at = self.memory.view("sock", address).pointer("sk_reuseport_cb")
+        if not at:
+            return None
+        group = self.memory.view("sock_reuseport", at)
+        members = array("Q", self.memory.read(group.at("socks"), 8 * group.number("num_socks")))
+        if address not in members:
+            return None
+        program: bytes | None = b""
+        if attached := group.pointer("prog"):
+            original = self.memory.view("bpf_prog", attached).pointer("orig_prog")
+            program = self._instructions(original) if original else None
+        return Group(members.index(address), program)
+
+    def _instructions(self, address: int) -> bytes:
+        """The struct sock_filters of a struct sock_fprog_kern."""
+        program = self.memory.view("sock_fprog_kern", address)
+        return self.memory.read(program.pointer("filter"), 8 * program.number("len"))
 
     # --- buffers
 
@@ -137,7 +189,10 @@ class SocketMemory:
 
     def waiting(self, listener: int) -> list[TcpEnd]:
         """The connections in a listener's accept queue, first come first; `listener`: the caller's descriptor."""
-        sock = self.memory.view("inet_connection_sock", self.memory.sock(listener))
+        address = self.memory.sock(listener)
+        if self.memory.view("sock", address).number("sk_protocol") == IPPROTO_MPTCP:
+            address = self.memory.view("mptcp_sock", address).pointer("first")
+        sock = self.memory.view("inet_connection_sock", address)
         found = []
         at = sock.pointer("icsk_accept_queue.rskq_accept_head")
         while at:
@@ -268,11 +323,48 @@ class SocketMemory:
             yield sock
             node = sock.cast("sock_common").pointer("skc_nulls_node.next")
 
-    # --- unix
+    # --- UDP
 
-    def sender(self, pid: int, uid: int, gid: int, level: int) -> Sender:
-        """From a struct pid's address; `level`: of the pid namespace in which the number is wanted."""
-        return Sender(self.pid_number(pid, level), uid, gid)
+    def datagrams(self, fd: int) -> list[Datagram]:
+        """What waits in a UDP socket (the caller's descriptor), empty ones included, first come first."""
+        sock = self.memory.view("udp_sock", self.memory.sock(fd))
+        queues = sock.at("reader_queue"), sock.cast("sock").at("sk_receive_queue")
+        return [self._datagram(skb) for head in queues for skb in self.memory.each(head, "sk_buff", "next")]
+
+    def _datagram(self, skb: View) -> Datagram:
+        head, start, end = skb.pointer("head"), skb.number("network_header"), skb.number("transport_header")
+        (port,) = struct.unpack("!H", self.memory.read(head + end, 2))
+        if int.from_bytes(skb.raw("protocol"), "big") == ETH_P_IPV6:
+            size, layout = 40, "!I3xB16s16s"
+            first, ttl, source, destination = struct.unpack(layout, self.memory.read(head + start, size))
+            tos = first >> 20 & 0xFF
+        else:
+            size, layout = 20, "!xB6xB3x4s4s"
+            tos, ttl, source, destination = struct.unpack(layout, self.memory.read(head + start, size))
+        shared = self.memory.view("skb_shared_info", head + skb.number("end"))
+        merged, extended = shared.number("gso_size") > 0, end - start != size
+        return Datagram(self.bytes_of(skb), (source, port), destination, ttl, tos, merged, extended)
+
+    def held_back(self, fd: int) -> tuple[bytes, tuple[Host, int]] | None:
+        """A datagram that is not sent yet (UDP_CORK, MSG_MORE), and where it goes to; None without one."""
+        udp = self.memory.view("udp_sock", self.memory.sock(fd))
+        if not udp.number("pending"):
+            return None
+        parts: list[bytes] = []
+        for skb in self.memory.each(udp.cast("sock").at("sk_write_queue"), "sk_buff", "next"):
+            header = skb.pointer("head") + skb.number("transport_header") - skb.pointer("data")
+            parts.append(self.bytes_of(skb, header + (0 if parts else UDP_HEADER)))
+        data = b"".join(parts)
+        if len(data) + UDP_HEADER != udp.number("len"):
+            raise Unreadable(f"a datagram of {udp.number('len')} bytes has {len(data)}")
+        inet = udp.cast("inet_sock")
+        if udp.number("pending") == socket.AF_INET6:
+            host, port = inet.raw("cork.fl.u.ip6.daddr"), inet.raw("cork.fl.u.ip6.uli.ports.dport")
+        else:
+            host, port = inet.raw("cork.fl.u.ip4.daddr"), inet.raw("cork.fl.u.ip4.uli.ports.dport")
+        return data, (host, int.from_bytes(port, "big"))
+
+    # --- unix
 
     def pid_level(self, pidfd: int) -> int:
         """How deep the pid namespace of a process is nested."""

@@ -9,6 +9,7 @@ import msgspec
 
 from podtree.errors import Damaged
 
+MAPPED = "::ffff:"
 _MAPPED = bytes(10) + b"\xff\xff"
 
 #: As Python's socket module has it: (host, port) or (host, port, flow, scope).

@@ -9,10 +9,13 @@ import stat
 
 import msgspec
 
+from podtree.kernel import sock as ksock
 from podtree.kernel.sock import Peeked
 from podtree.kernel.sockdiag import NetworkNamespace
+from podtree.objects import insight
 from podtree.objects.context import CollectContext, FrozenProcess
-from podtree.objects.sockopts import Defaults, Options, apply_options
+from podtree.objects.multicast import Groups
+from podtree.objects.sockopts import SO_LOCK_FILTER, Defaults, Options, apply_options, read_filter
 
 RETRY = "it passes by itself: try again"
 
@@ -25,6 +28,10 @@ class SocketBase(msgspec.Struct, frozen=True, kw_only=True):
     gid: int
     mode: int = 0o777
     options: Options = {}
+    filter: bytes = b""  # SO_ATTACH_FILTER: an array of struct sock_filter
+    filter_locked: bool = False  # SO_LOCK_FILTER
+    group_index: int = 0  # its place in its SO_REUSEPORT group
+    steering: bytes = b""  # SO_ATTACH_REUSEPORT_CBPF: what chooses in that group
 
 
 @dataclasses.dataclass(slots=True)
@@ -47,8 +54,38 @@ class Entry:
 
     def base(self, around: Surroundings, connected: bool = False) -> dict[str, object]:
         """The fields of SocketBase."""
-        options = around.defaults.changed(self.sock, self.family, self.type, self.protocol, connected)
-        return {"socktype": self.type, "uid": self.uid, "gid": self.gid, "mode": self.mode, "options": options}
+        program = read_filter(self.sock)
+        if program is None:
+            around.refuse(self, "has an eBPF program attached (SO_ATTACH_BPF), which can't be read back")
+        index, steering = self._group(around)
+        return {
+            "group_index": index,
+            "steering": steering,
+            "socktype": self.type,
+            "uid": self.uid,
+            "gid": self.gid,
+            "mode": self.mode,
+            "options": around.defaults.changed(self.sock, self.family, self.type, self.protocol, connected),
+            "filter": program or b"",
+            "filter_locked": bool(program) and bool(self.sock.getsockopt(socket.SOL_SOCKET, SO_LOCK_FILTER)),
+        }
+
+    def _group(self, around: Surroundings) -> tuple[int, bytes]:
+        """Its place in a group of one address, and the program that chooses there: only kernel memory shows them."""
+        if self.family not in (socket.AF_INET, socket.AF_INET6) or self.type == socket.SOCK_RAW:
+            return 0, b""
+        if not self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT):
+            return 0, b""
+        memory = insight.sockets()
+        if memory is None:
+            if insight.untried():
+                around.refuse(self, "is one of several at an address, and only kernel memory shows which", RETRY)
+            return 0, b""
+        group = memory.group(self.sock.fileno())
+        if group is not None and group.program is None:
+            reason = "an eBPF program chooses in its group (SO_ATTACH_REUSEPORT_EBPF), which can't be read back"
+            around.refuse(self, reason)
+        return (group.index, group.program or b"") if group else (0, b"")
 
 
 @dataclasses.dataclass(slots=True)
@@ -58,6 +95,7 @@ class Surroundings:
     ctx: CollectContext
     namespace: NetworkNamespace
     defaults: Defaults
+    groups: Groups
     by_ino: dict[int, Entry] = dataclasses.field(default_factory=dict)
 
     def refuse(self, entry: Entry, reason: str, hint: str = "") -> None:
@@ -67,7 +105,7 @@ class Surroundings:
 
 def make_entry(file_id: int, process: FrozenProcess, display: str, local_fd: int) -> Entry:
     """Look at the socket behind `local_fd`; the entry holds a duplicate, closed by `entry.sock.close()`."""
-    sock = socket.socket(fileno=os.dup(local_fd))
+    sock = ksock.adopt(os.dup(local_fd))
     os.set_inheritable(sock.fileno(), False)
     info = os.fstat(local_fd)
     return Entry(
@@ -85,6 +123,12 @@ def make_entry(file_id: int, process: FrozenProcess, display: str, local_fd: int
     )
 
 
+def steer(sock: socket.socket, state: SocketBase) -> None:
+    """Let the program choose again in the socket's group, whose members are all there."""
+    if state.steering:
+        ksock.attach_program(sock, ksock.SO_ATTACH_REUSEPORT_CBPF, state.steering)
+
+
 def new_socket(family: int, kind: int, protocol: int = 0) -> socket.socket:
     """A fresh non-blocking close-on-exec socket: nothing in a restore may wait for ever."""
     sock = socket.socket(family, kind | socket.SOCK_CLOEXEC, protocol)
@@ -93,8 +137,12 @@ def new_socket(family: int, kind: int, protocol: int = 0) -> socket.socket:
 
 
 def finish(sock: socket.socket, state: SocketBase, what: str) -> None:
-    """Give a restored socket its owner and options; the last thing that happens to it."""
+    """Give a restored socket its owner, options and filter; the last thing that happens to it."""
     os.fchown(sock.fileno(), state.uid, state.gid)
     if state.mode != 0o777:
         os.fchmod(sock.fileno(), state.mode)
     apply_options(sock, state.options, what)
+    if state.filter:
+        ksock.attach_program(sock, ksock.SO_ATTACH_FILTER, state.filter)
+    if state.filter_locked:
+        sock.setsockopt(socket.SOL_SOCKET, SO_LOCK_FILTER, 1)

@@ -14,17 +14,22 @@ from collections.abc import Callable, Mapping
 from podtree.kernel import sock as ksock
 from podtree.kernel.pidfd import pidfd_getfd, pidfd_open
 from podtree.kernel.sockdiag import NetworkNamespace
-from podtree.objects import netlink, tcp, tcprestore, udp, unix, unixrestore
+from podtree.objects import netlink, raw, tcp, tcprestore, udp, udprestore, unix, unixrestore
 from podtree.objects.context import CollectContext, FrozenProcess, RestoreContext
+from podtree.objects.multicast import Groups
 from podtree.objects.socketcommon import Entry, Surroundings, make_entry
-from podtree.objects.sockopts import Defaults, has_filter
+from podtree.objects.sockopts import Defaults
 
-SocketState = unix.UnixSocket | tcp.TcpSocket | udp.UdpSocket | netlink.NetlinkSocket
+SocketState = (
+    unix.UnixSocket | tcp.TcpSocket | udp.UdpSocket | raw.RawSocket | raw.PacketSocket | netlink.NetlinkSocket
+)
 
 _COLLECT: dict[str, Callable[[list[Entry], Surroundings], Mapping[int, SocketState]]] = {
     "tcp": tcp.collect,
     "unix": unix.collect,
     "udp": udp.collect,
+    "raw": raw.collect,
+    "packet": raw.collect_packet,
     "netlink": netlink.collect,
 }
 
@@ -66,8 +71,9 @@ class SocketCollector:
             self._entries.clear()
 
     def _collect(self) -> dict[int, SocketState]:
-        namespace = _network_namespace(_init_of(self._ctx.processes).host_pid)
-        around = Surroundings(self._ctx, namespace, Defaults(namespace))
+        init = _init_of(self._ctx.processes).host_pid
+        namespace = _network_namespace(init)
+        around = Surroundings(self._ctx, namespace, Defaults(namespace), Groups(init))
         around.by_ino = {entry.ino: entry for entry in self._entries}
         families: dict[str, list[Entry]] = {family: [] for family in _COLLECT}
         for entry in self._entries:
@@ -80,6 +86,9 @@ class SocketCollector:
                 states.update(_COLLECT[family](entries, around))
             except OSError as error:
                 around.refuse(entries[0], f"{family} sockets can't be read: {error}")
+        if groups := around.groups.unaccounted():
+            reason = "are joined in the pod, and not by a socket that can be saved"
+            self._ctx.refuse(None, f"multicast groups {', '.join(groups)}", reason)
         return states
 
     def _sort(self, entry: Entry, around: Surroundings) -> str:
@@ -90,37 +99,25 @@ class SocketCollector:
         match entry.family, entry.type, entry.protocol:
             case (socket.AF_UNIX, _, _):
                 return "unix"
-            case (socket.AF_INET | socket.AF_INET6, socket.SOCK_STREAM, socket.IPPROTO_TCP):
+            case (socket.AF_INET | socket.AF_INET6, socket.SOCK_STREAM, socket.IPPROTO_TCP | tcp.IPPROTO_MPTCP):
                 responsible = "tcp"
-            case (socket.AF_INET | socket.AF_INET6, socket.SOCK_DGRAM, socket.IPPROTO_UDP):
+            case (socket.AF_INET | socket.AF_INET6, socket.SOCK_DGRAM, socket.IPPROTO_UDP | udp.IPPROTO_UDPLITE):
                 responsible = "udp"
+            case (socket.AF_INET | socket.AF_INET6, socket.SOCK_RAW, _):
+                responsible = "raw"
+            case (socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_DGRAM, _):
+                responsible = "packet"
             case (socket.AF_NETLINK, _, _):
                 responsible = "netlink"
             case _:
                 around.refuse(entry, _unsupported(entry))
                 return ""
-        return "" if self._filtered(entry, around) else responsible
-
-    def _filtered(self, entry: Entry, around: Surroundings) -> bool:
-        if has_filter(entry.sock):
-            around.refuse(entry, "has a BPF filter attached", "detach it (SO_DETACH_FILTER)")
-            return True
-        return False
+        return responsible
 
 
 def _unsupported(entry: Entry) -> str:
-    names: dict[tuple[int, int], str] = {
-        (socket.AF_INET, socket.SOCK_RAW): "a raw IP socket",
-        (socket.AF_INET6, socket.SOCK_RAW): "a raw IPv6 socket",
-        (socket.AF_PACKET, socket.SOCK_RAW): "a packet socket",
-        (socket.AF_PACKET, socket.SOCK_DGRAM): "a packet socket",
-    }
-    if (entry.family, entry.type) in names:
-        return f"{names[entry.family, entry.type]} can't be saved"
     if entry.protocol in (socket.IPPROTO_ICMP, socket.IPPROTO_ICMPV6):
         return "an ICMP socket can't be saved"
-    if entry.protocol == 262:  # IPPROTO_MPTCP
-        return "a multipath TCP socket can't be saved"
     try:
         family = socket.AddressFamily(entry.family).name
     except ValueError:
@@ -162,7 +159,8 @@ def restore_sockets(
     """
     made: dict[int, socket.socket] = {}
     made |= tcprestore.restore({i: s for i, s in states.items() if isinstance(s, tcp.TcpSocket)})
-    made |= udp.restore({i: s for i, s in states.items() if isinstance(s, udp.UdpSocket)})
+    made |= udprestore.restore({i: s for i, s in states.items() if isinstance(s, udp.UdpSocket)})
+    made |= raw.restore({i: s for i, s in states.items() if isinstance(s, raw.RawSocket | raw.PacketSocket)})
     made |= netlink.restore({i: s for i, s in states.items() if isinstance(s, netlink.NetlinkSocket)})
 
     def file(number: int) -> int:
@@ -201,7 +199,7 @@ def _recover_fd(pid: int, pidfd: int, number: int) -> None:
         return
     except OSError:  # EBADF: closed meanwhile
         return
-    with socket.socket(fileno=fd) as sock:
+    with ksock.adopt(fd) as sock:
         tcp_like = sock.family in (socket.AF_INET, socket.AF_INET6) and sock.proto == socket.IPPROTO_TCP
         if tcp_like:
             if ksock.in_repair(sock):

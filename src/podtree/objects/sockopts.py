@@ -7,6 +7,7 @@ include/uapi/asm-generic/socket.h, include/uapi/linux/{in,in6,tcp,udp,netlink}.h
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import enum
 import errno
@@ -15,9 +16,12 @@ from typing import NamedTuple, Protocol
 
 from podtree.errors import Damaged, RestoreFailed
 
-SOL_UDP = 17
+SOL_UDP, SOL_UDPLITE = 17, 136
+SOL_RAW = 255
+SOL_PACKET = 263
 SOL_NETLINK = 270
 SO_BUF_LOCK = 72
+SO_LOCK_FILTER = 44
 SO_SNDBUFFORCE = 32
 SO_RCVBUFFORCE = 33
 SO_GET_FILTER = 26
@@ -41,10 +45,13 @@ class Family(enum.Flag):
     UNIX = enum.auto()
     TCP = enum.auto()
     UDP = enum.auto()
+    RAW = enum.auto()
+    PACKET = enum.auto()
     NETLINK = enum.auto()
-    INET = TCP | UDP
+    DATAGRAM = UDP | RAW
+    INET = TCP | UDP | RAW
     INET6 = enum.auto()  # besides: only if AF_INET6
-    ALL = UNIX | TCP | UDP | NETLINK
+    ALL = UNIX | TCP | UDP | RAW | PACKET | NETLINK
 
 
 class Option(NamedTuple):
@@ -71,7 +78,7 @@ _SOCKET = {
     "SO_TIMESTAMPING_OLD": 37, "SO_RXQ_OVFL": 40, "SO_WIFI_STATUS": 41, "SO_PEEK_OFF": 42,
     "SO_NOFCS": 43, "SO_SELECT_ERR_QUEUE": 45, "SO_BUSY_POLL": 46, "SO_ZEROCOPY": 60,
     "SO_TIMESTAMP_NEW": 63, "SO_TIMESTAMPNS_NEW": 64, "SO_TIMESTAMPING_NEW": 65, "SO_PREFER_BUSY_POLL": 69,
-    "SO_TXREHASH": 74, "SO_RCVMARK": 75, "SO_PASSPIDFD": 76, "SO_RCVPRIORITY": 82,
+    "SO_RESERVE_MEM": 73, "SO_TXREHASH": 74, "SO_RCVMARK": 75, "SO_PASSPIDFD": 76, "SO_RCVPRIORITY": 82,
     "SO_PASSRIGHTS": 83, "SO_INQ": 84,
 }  # fmt: skip
 _IP = {
@@ -92,13 +99,17 @@ _IPV6 = {
 }  # fmt: skip
 _TCP = {
     "TCP_NODELAY": 1, "TCP_CORK": 3, "TCP_KEEPIDLE": 4, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 6, "TCP_SYNCNT": 7,
-    "TCP_LINGER2": 8, "TCP_DEFER_ACCEPT": 9, "TCP_THIN_LINEAR_TIMEOUTS": 16, "TCP_USER_TIMEOUT": 18,
+    "TCP_LINGER2": 8, "TCP_DEFER_ACCEPT": 9, "TCP_QUICKACK": 12, "TCP_THIN_LINEAR_TIMEOUTS": 16, "TCP_USER_TIMEOUT": 18,
     "TCP_FASTOPEN": 23, "TCP_NOTSENT_LOWAT": 25, "TCP_SAVE_SYN": 27, "TCP_INQ": 36, "TCP_TX_DELAY": 37,
     "TCP_RTO_MAX_MS": 44, "TCP_RTO_MIN_US": 45, "TCP_DELACK_MAX_US": 46,
 }  # fmt: skip
 _UDP = {
     "UDP_CORK": 1, "UDP_ENCAP": 100, "UDP_NO_CHECK6_TX": 101, "UDP_NO_CHECK6_RX": 102, "UDP_SEGMENT": 103,
     "UDP_GRO": 104,
+}  # fmt: skip
+_PACKET = {
+    "PACKET_AUXDATA": 8, "PACKET_ORIGDEV": 9, "PACKET_VERSION": 10, "PACKET_RESERVE": 12, "PACKET_LOSS": 14,
+    "PACKET_VNET_HDR": 15, "PACKET_TIMESTAMP": 17, "PACKET_QDISC_BYPASS": 20, "PACKET_IGNORE_OUTGOING": 23,
 }  # fmt: skip
 _NETLINK = {
     "NETLINK_PKTINFO": 3, "NETLINK_BROADCAST_ERROR": 4, "NETLINK_NO_ENOBUFS": 5, "NETLINK_LISTEN_ALL_NSID": 8,
@@ -113,26 +124,34 @@ TABLE: tuple[Option, ...] = (
     Option("SO_SNDTIMEO", socket.SOL_SOCKET, 21, Family.ALL, Kind.RAW, 16),
     Option("SO_BINDTODEVICE", socket.SOL_SOCKET, 25, Family.INET, Kind.STRING, 16),
     Option("SO_MAX_PACING_RATE", socket.SOL_SOCKET, 47, Family.ALL, Kind.RAW, 8),
-    Option("SO_TXTIME", socket.SOL_SOCKET, 61, Family.UDP, Kind.RAW, 8),
+    Option("SO_TXTIME", socket.SOL_SOCKET, 61, Family.DATAGRAM, Kind.RAW, 8),
     *_rows(socket.IPPROTO_IP, Family.INET, _IP),
     Option("IP_OPTIONS", socket.IPPROTO_IP, 4, Family.INET, Kind.RAW, 64),
-    Option("IP_MULTICAST_IF", socket.IPPROTO_IP, 32, Family.UDP, Kind.RAW, 4),
-    Option("IP_MULTICAST_TTL", socket.IPPROTO_IP, 33, Family.UDP),
-    Option("IP_RECVFRAGSIZE", socket.IPPROTO_IP, 25, Family.UDP),
+    Option("IP_HDRINCL", socket.IPPROTO_IP, 3, Family.RAW),
+    Option("IP_NODEFRAG", socket.IPPROTO_IP, 22, Family.RAW),
+    Option("IP_MULTICAST_IF", socket.IPPROTO_IP, 32, Family.DATAGRAM, Kind.RAW, 4),
+    Option("IP_MULTICAST_TTL", socket.IPPROTO_IP, 33, Family.DATAGRAM),
+    Option("IP_RECVFRAGSIZE", socket.IPPROTO_IP, 25, Family.DATAGRAM),
     *_rows(socket.IPPROTO_IPV6, Family.INET6 | Family.INET, _IPV6),
-    Option("IPV6_MULTICAST_IF", socket.IPPROTO_IPV6, 17, Family.INET6 | Family.UDP),
-    Option("IPV6_MULTICAST_HOPS", socket.IPPROTO_IPV6, 18, Family.INET6 | Family.UDP),
+    Option("IPV6_HDRINCL", socket.IPPROTO_IPV6, 36, Family.INET6 | Family.RAW),
+    Option("IPV6_CHECKSUM", socket.IPPROTO_IPV6, 7, Family.INET6 | Family.RAW),
+    Option("IPV6_MULTICAST_IF", socket.IPPROTO_IPV6, 17, Family.INET6 | Family.DATAGRAM),
+    Option("IPV6_MULTICAST_HOPS", socket.IPPROTO_IPV6, 18, Family.INET6 | Family.DATAGRAM),
+    Option("ICMP_FILTER", SOL_RAW, 1, Family.RAW, Kind.RAW, 4),
+    Option("ICMPV6_FILTER", socket.IPPROTO_ICMPV6, 1, Family.INET6 | Family.RAW, Kind.RAW, 32),
     *_rows(socket.IPPROTO_TCP, Family.TCP, _TCP),
     Option("SO_PRIORITY", socket.SOL_SOCKET, 12, Family.ALL),  # after IP_TOS, which changes it
     Option("TCP_CONGESTION", socket.IPPROTO_TCP, 13, Family.TCP, Kind.STRING, 16),
     Option("TCP_MAXSEG", socket.IPPROTO_TCP, 2, Family.TCP, unconnected_only=True),
     Option("TCP_FASTOPEN_CONNECT", socket.IPPROTO_TCP, 30, Family.TCP, unconnected_only=True),
     Option("TCP_FASTOPEN_NO_COOKIE", socket.IPPROTO_TCP, 34, Family.TCP, unconnected_only=True),
-    Option("TCP_WINDOW_CLAMP", socket.IPPROTO_TCP, 10, Family.TCP, unconnected_only=True),
     *_rows(SOL_UDP, Family.UDP, _UDP),
+    *_rows(SOL_UDPLITE, Family.UDP, {"UDPLITE_SEND_CSCOV": 10, "UDPLITE_RECV_CSCOV": 11}),
+    *_rows(SOL_PACKET, Family.PACKET, _PACKET),
     *_rows(SOL_NETLINK, Family.NETLINK, _NETLINK),
     Option("SO_SNDBUF", socket.SOL_SOCKET, 7, Family.ALL),
     Option("SO_RCVBUF", socket.SOL_SOCKET, 8, Family.ALL),
+    Option("TCP_WINDOW_CLAMP", socket.IPPROTO_TCP, 10, Family.TCP),  # which a larger buffer would raise
     Option("SO_BUF_LOCK", socket.SOL_SOCKET, SO_BUF_LOCK, Family.ALL),
 )
 _BY_NAME = {option.name: option for option in TABLE}
@@ -150,7 +169,9 @@ def kinds(family: int, kind: int, protocol: int) -> Family:
         return Family.UNIX
     if family == socket.AF_NETLINK:
         return Family.NETLINK
-    base = Family.TCP if kind == socket.SOCK_STREAM else Family.UDP
+    if family == socket.AF_PACKET:
+        return Family.PACKET
+    base = Family.TCP if kind == socket.SOCK_STREAM else Family.RAW if kind == socket.SOCK_RAW else Family.UDP
     return base | Family.INET6 if family == socket.AF_INET6 else base
 
 
@@ -233,7 +254,8 @@ def apply_options(sock: socket.socket, options: Options, what: str) -> None:
 
 
 def _already(sock: socket.socket, option: Option, value: OptionValue) -> bool:
-    return option.name == "IPV6_V6ONLY" and sock.getsockopt(option.level, option.number) == value
+    """MPTCP knows SO_BUF_LOCK, but doesn't let it be set."""
+    return option.name in ("IPV6_V6ONLY", "SO_BUF_LOCK") and sock.getsockopt(option.level, option.number) == value
 
 
 def set_option(sock: socket.socket, name: str, value: OptionValue) -> None:
@@ -245,7 +267,8 @@ def set_option(sock: socket.socket, name: str, value: OptionValue) -> None:
         assert isinstance(value, int)
         locks = sock.getsockopt(socket.SOL_SOCKET, SO_BUF_LOCK)
         sock.setsockopt(socket.SOL_SOCKET, _FORCED[name], value // 2)
-        sock.setsockopt(socket.SOL_SOCKET, SO_BUF_LOCK, locks)
+        with contextlib.suppress(OSError):  # MPTCP: it stays locked, as after any setting of the program's
+            sock.setsockopt(socket.SOL_SOCKET, SO_BUF_LOCK, locks)
     elif option.kind is Kind.STRING:
         assert isinstance(value, bytes)
         sock.setsockopt(option.level, option.number, value + b"\0")
@@ -253,11 +276,16 @@ def set_option(sock: socket.socket, name: str, value: OptionValue) -> None:
         sock.setsockopt(option.level, option.number, value)
 
 
-def has_filter(sock: socket.socket) -> bool:
-    """Whether a BPF program filters what the socket receives (SO_ATTACH_FILTER, SO_ATTACH_BPF)."""
-    # getsockopt(2) with length 0 asks for the number of instructions; Python can't pass that through.
+def read_filter(sock: socket.socket) -> bytes | None:
+    """The BPF program that filters what the socket receives (SO_ATTACH_FILTER), an array of struct sock_filter.
+
+    b"" without one, None for one that can't be read back (SO_ATTACH_BPF).
+    """
+    # The length is one of instructions, not of bytes; 0 asks for it. Python can't pass that through.
     length = ctypes.c_uint(0)
-    answer = _libc.getsockopt(sock.fileno(), socket.SOL_SOCKET, SO_GET_FILTER, None, ctypes.byref(length))
-    if answer < 0:
-        return ctypes.get_errno() == errno.EACCES  # an eBPF program: it can't be read back
-    return length.value > 0
+    if _libc.getsockopt(sock.fileno(), socket.SOL_SOCKET, SO_GET_FILTER, None, ctypes.byref(length)) < 0:
+        return None if ctypes.get_errno() == errno.EACCES else b""
+    program = ctypes.create_string_buffer(length.value * 8)
+    if _libc.getsockopt(sock.fileno(), socket.SOL_SOCKET, SO_GET_FILTER, program, ctypes.byref(length)) < 0:
+        return None
+    return program.raw

@@ -1,5 +1,7 @@
 """TCP sockets over the pod's loopback: listeners, connections with data under way, half-closed ones.
 
+Listeners of Multipath TCP, too, as Go makes them: what plain clients get from those is TCP.
+
 Source: tcp(7); net/ipv4/tcp.c, tcp_input.c (Linux 6.18).
 
 Both ends of every connection are in the pod, so a connection is restored by connecting again, between the
@@ -34,6 +36,8 @@ from podtree.objects.tcpunheld import HALF_MADE, ORPHANS, UNACCEPTED, Unheld
 
 POLLERR, POLLPRI = 0x8, 0x2
 TCP_ULP = 31
+IPPROTO_MPTCP = 262
+USUAL_SEGMENT = 65_000  # over `lo` it is a little more, less than that was asked for
 
 FIN_SENT = {TcpState.FIN_WAIT1, TcpState.FIN_WAIT2, TcpState.CLOSING, TcpState.LAST_ACK}
 FIN_RECEIVED = {TcpState.CLOSE_WAIT, TcpState.CLOSING, TcpState.LAST_ACK}
@@ -55,6 +59,7 @@ class TcpSocket(SocketBase, frozen=True, kw_only=True, tag="tcp"):
     """One TCP socket."""
 
     family: int
+    protocol: int = socket.IPPROTO_TCP
     role: str  # "closed", "listening", "connecting", "connected", "finished"
     local: Address
     remote: Address | None = None
@@ -68,6 +73,8 @@ class TcpSocket(SocketBase, frozen=True, kw_only=True, tag="tcp"):
     fin_sent: bool = False  # shut down for sending
     read_shut: bool = False  # shut down for receiving by its own program
     error: int = 0  # errno that the next call will report
+    segment: int = 0  # TCP_MAXSEG with which the connection was made
+    saved_syn: bool = False  # the packet that made it can be had (TCP_SAVED_SYN)
 
 
 @dataclasses.dataclass(slots=True)
@@ -93,6 +100,12 @@ class _Seen:
         family = self.entry.family
         assert self.remote is not None
         return self.local.key(family), self.remote.key(family)
+
+    @property
+    def has_queue(self) -> bool:
+        """Whether what is in its receive queue can be looked at."""
+        idle = self.state in (TcpState.LISTEN, TcpState.SYN_SENT) or self.entry.protocol == IPPROTO_MPTCP
+        return not idle and not self.events & POLLPRI
 
     @property
     def connected(self) -> bool:
@@ -145,7 +158,8 @@ class _Collector:
 
     def _read_queues(self) -> None:
         """First all send queues, then all receive queues: see the module's text."""
-        senders = [seen for seen in self.seen if seen.connected and ksock.unsent(seen.entry.sock.fileno())]
+        plain = [seen for seen in self.seen if seen.entry.protocol == socket.IPPROTO_TCP]
+        senders = [seen for seen in plain if seen.connected and ksock.unsent(seen.entry.sock.fileno())]
         if not senders:
             self._read_all(senders)
             return
@@ -171,7 +185,7 @@ class _Collector:
                 self.waiting[seen.entry.file_id] = self._waiting(seen)
         measured = {id(peer) for seen in senders if seen.send_queue and (peer := self.peer(seen))}
         for seen in self.seen:
-            if seen.state not in (TcpState.LISTEN, TcpState.SYN_SENT) and not seen.events & POLLPRI:
+            if seen.has_queue:
                 self._read_received(seen, id(seen) in measured)
 
     def _look_at_other(self, seen: _Seen) -> None:
@@ -228,8 +242,12 @@ class _Collector:
         over = seen.state == TcpState.CLOSE and seen.events & ksock.POLLRDHUP
         connected = bool(over) or seen.state not in (TcpState.LISTEN, TcpState.CLOSE)
         fields = entry.base(self.around, connected)
-        fields |= {"family": entry.family, "local": seen.local, "remote": seen.remote}
-        if entry.sock.getsockopt(socket.IPPROTO_TCP, TCP_ULP, 16).strip(b"\0"):
+        fields |= {"family": entry.family, "protocol": entry.protocol, "local": seen.local, "remote": seen.remote}
+        if entry.protocol == IPPROTO_MPTCP:
+            if connected:
+                self.around.refuse(entry, "a connection over several paths (MPTCP) can't be saved")
+                return fields
+        elif entry.sock.getsockopt(socket.IPPROTO_TCP, TCP_ULP, 16).strip(b"\0"):
             self.around.refuse(entry, "has an upper layer protocol (TLS in the kernel, say)")
         if seen.events & POLLPRI:
             self.around.refuse(entry, "urgent data is pending", RETRY)
@@ -263,8 +281,11 @@ class _Collector:
         return error
 
     def _connection(self, seen: _Seen) -> dict[str, object]:
+        segment = ksock.advertised_segment(seen.entry.sock)
         fields: dict[str, object] = {
             "role": "connected",
+            "segment": segment if segment < USUAL_SEGMENT else 0,
+            "saved_syn": ksock.has_saved_syn(seen.entry.sock),
             "fin_sent": seen.state in FIN_SENT,
             "read_shut": bool(seen.events & ksock.POLLRDHUP) and seen.state not in FIN_RECEIVED,
         }

@@ -24,9 +24,9 @@ from podtree.kernel import sock as ksock
 from podtree.kernel.fdops import proc_fd
 from podtree.kernel.namespaces import loopback_up
 from podtree.objects.inet import Address, loopback_for, wildcard
-from podtree.objects.socketcommon import finish
+from podtree.objects.socketcommon import finish, steer
 from podtree.objects.sockopts import BEFORE_BIND, SO_BUF_LOCK, set_option
-from podtree.objects.tcp import TcpSocket, Waiting
+from podtree.objects.tcp import IPPROTO_MPTCP, TcpSocket, Waiting
 
 IP_BIND_ADDRESS_NO_PORT = 24
 IP_LOCAL_PORT_RANGE = 51
@@ -67,6 +67,8 @@ class _Door(NamedTuple):
     family: int
     local: Address
     v6only: int
+    segment: int
+    saves_syn: bool
 
 
 class _Restorer:
@@ -83,7 +85,7 @@ class _Restorer:
     def run(self) -> dict[int, socket.socket]:
         self._connections()
         for role, make in (("closed", self._closed), ("finished", self._closed), ("listening", self._listener)):
-            for file_id, state in self.states.items():
+            for file_id, state in sorted(self.states.items(), key=lambda item: item[1].group_index):
                 if state.role == role and file_id not in self.made:
                     make(file_id, state)
         for file_id, state in self.states.items():
@@ -98,6 +100,7 @@ class _Restorer:
         for file_id, state in self.states.items():
             if state.role != "listening":
                 self._finish(self.made[file_id], state)
+            steer(self.made[file_id], state)
         self.done = True
         return self.made
 
@@ -110,6 +113,8 @@ class _Restorer:
         for file_id, state in self.states.items():
             if state.role not in ROLES or state.family not in (socket.AF_INET, socket.AF_INET6):
                 raise Damaged(f"TCP socket in role {state.role!r} of family {state.family}")
+            if state.protocol not in (socket.IPPROTO_TCP, IPPROTO_MPTCP):
+                raise Damaged(f"TCP socket of protocol {state.protocol}")
             peer = self.states.get(state.peer) if state.peer is not None else None
             if state.peer is not None and (peer is None or peer.peer != file_id):
                 raise Damaged("a TCP connection whose two ends disagree")
@@ -160,14 +165,14 @@ class _Restorer:
         v6only = state.options.get("IPV6_V6ONLY", 0)
         host = loopback_for(state.family, state.local.host)
         local = Address(host, state.local.port, state.local.flow, state.local.scope)
-        return _Door(state.family, local, v6only if isinstance(v6only, int) else 0)
+        return _Door(state.family, local, v6only if isinstance(v6only, int) else 0, state.segment, state.saved_syn)
 
     def _serves(self, one: int, two: int) -> bool:
         """Which end shall be the accepted one: as it probably was. A program can't tell."""
 
-        def likely(file_id: int) -> tuple[bool, bool]:
+        def likely(file_id: int) -> tuple[bool, bool, bool]:
             port = self.states[file_id].local.port
-            return port in self.ports, port not in self.ephemeral
+            return self.states[file_id].saved_syn, port in self.ports, port not in self.ephemeral
 
         return likely(one) >= likely(two)
 
@@ -176,6 +181,10 @@ class _Restorer:
         with listener:
             if door.v6only:
                 set_option(listener, "IPV6_V6ONLY", 1)
+            if door.segment:
+                set_option(listener, "TCP_MAXSEG", door.segment)
+            if door.saves_syn:
+                set_option(listener, "TCP_SAVE_SYN", 1)
             self._widen(listener, [self.states[link.server] for link in links if link.server is not None])
             listener.bind(door.local.raw(door.family))
             listener.listen(len(links))
@@ -200,8 +209,8 @@ class _Restorer:
         sock.connect(state.local.raw(state.family))
 
     @staticmethod
-    def _new(family: int) -> socket.socket:
-        sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    def _new(family: int, protocol: int = socket.IPPROTO_TCP) -> socket.socket:
+        sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC, protocol)
         sock.settimeout(PATIENCE_S)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         return sock
@@ -217,6 +226,8 @@ class _Restorer:
         if state is not None:
             self._before_bind(sock, state)
             self._widen(sock, [state])
+            if state.segment:
+                set_option(sock, "TCP_MAXSEG", state.segment)
         if local is None:
             return sock
         if local.port in self.ephemeral:
@@ -303,7 +314,7 @@ class _Restorer:
             sock.setblocking(False)  # a blocking one would be told at once
             sock.connect_ex((loopback_for(state.family, "::"), NOBODY))
             return
-        self.made[file_id] = sock = self._new(state.family)
+        self.made[file_id] = sock = self._new(state.family, state.protocol)
         self._before_bind(sock, state)
         if state.role == "finished":
             try:
@@ -315,7 +326,7 @@ class _Restorer:
             sock.bind(state.local.raw(state.family))
 
     def _listener(self, file_id: int, state: TcpSocket) -> None:
-        self.made[file_id] = sock = self._new(state.family)
+        self.made[file_id] = sock = self._new(state.family, state.protocol)
         self._before_bind(sock, state)
         sock.bind(state.local.raw(state.family))
         sock.listen(state.backlog)
@@ -345,7 +356,7 @@ class _Restorer:
         """Of several listeners of one address (SO_REUSEPORT) this one gets the connections."""
         group = [
             one
-            for one, state in self.states.items()
+            for one, state in sorted(self.states.items(), key=lambda item: item[1].group_index)
             if state.role == "listening" and (state.family, state.local) == (listener.family, listener.local)
         ]
         if len(group) < 2:
@@ -378,19 +389,21 @@ class _Restorer:
     @staticmethod
     def _finish(sock: socket.socket, state: TcpSocket) -> None:
         sock.setblocking(False)
-        with socket.socket(state.family, socket.SOCK_STREAM) as fresh:
-            connected = state.role in ("connected", "finished", "connecting")
-            if not connected:
-                set_option(sock, "SO_SNDBUF", fresh.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF))
-            set_option(sock, "SO_RCVBUF", fresh.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF))
-        for level, number in (
-            (socket.SOL_SOCKET, socket.SO_REUSEADDR),
-            (socket.IPPROTO_IP, IP_LOCAL_PORT_RANGE),
-            (socket.IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT),
-            (socket.SOL_SOCKET, SO_BUF_LOCK),
-        ):
-            sock.setsockopt(level, number, 0)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
+        if state.protocol == socket.IPPROTO_TCP:
+            _undo_preparations(sock, state)
         finish(sock, state, f"TCP socket {state.local.host} port {state.local.port}")
+
+
+def _undo_preparations(sock: socket.socket, state: TcpSocket) -> None:
+    """Buffers and ports as a fresh socket has them, before the program's options come."""
+    with socket.socket(state.family, socket.SOCK_STREAM) as fresh:
+        if state.role not in ("connected", "finished", "connecting"):
+            set_option(sock, "SO_SNDBUF", fresh.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF))
+        set_option(sock, "SO_RCVBUF", fresh.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF))
+    sock.setsockopt(socket.IPPROTO_IP, IP_LOCAL_PORT_RANGE, 0)
+    sock.setsockopt(socket.IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, 0)
+    sock.setsockopt(socket.SOL_SOCKET, SO_BUF_LOCK, 0)
 
 
 def _as_family(door: _Door, family: int) -> Address:
