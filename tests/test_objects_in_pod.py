@@ -24,6 +24,7 @@ PYTHON = (
 COMPILED = ("registers", "blocked", "threads", "mappings")
 ALONE = {  # about the pod's pid 1, all its pids, everything that happens in its shared directories
     ("processes", "tree"), ("processes", "new_pids_go_on"), ("watching", "undisturbed"),
+    ("sockets", "unix_own_messages"),
 }  # fmt: skip
 REFUSED = {  # (program, case): the object and the reason that are named
     ("threads", "dead_leader"): ("thread group", "leader thread has ended"),

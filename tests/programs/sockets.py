@@ -337,6 +337,18 @@ def unix_senders_gone() -> None:
 
 
 @case
+def unix_own_messages() -> None:
+    """Messages of this process that it has not read yet: its pid in this pod, which may be 1."""
+    ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    ends[1].setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+    ends[0].send(b"packet")
+    frozen()
+    data, control, *_ = ends[1].recvmsg(10, 100)
+    equal("data", data, b"packet")
+    equal("pid", struct.unpack("3i", control[0][2])[0], os.getpid())
+
+
+@case
 def unix_relatives() -> None:
     """Pairs whose ends are held by parent and child, with a child blocked in recv."""
     mine, theirs = socket.socketpair()

@@ -27,7 +27,7 @@ from typing import NamedTuple
 from podtree.errors import Damaged, RestoreFailed
 from podtree.kernel import mount
 from podtree.objects.held import path_bytes
-from podtree.objects.impersonate import Credentials, run_as
+from podtree.objects.impersonate import Credentials, pids_available, run_as
 from podtree.objects.socketcommon import finish
 from podtree.objects.sockopts import set_option
 from podtree.objects.unix import SocketFile, UnixMessage, UnixSocket, UnixWaiting
@@ -422,10 +422,13 @@ class _Restorer:
     def _send_run(
         self, sender: socket.socket, messages: tuple[UnixMessage, ...], who: Credentials | None, to: Place | None
     ) -> None:
+        inside = pids_available()
+
         def work() -> list[int]:
             stamp: list[tuple[int, int, bytes]] = []
-            if who is not None:
-                raw = struct.pack("iII", os.getpid(), who.uid, who.gid)
+            if who is not None:  # a number that lives already, as 1 does, can be named by who may do anything: unix(7)
+                pid = who.pid if inside and who.pid else os.getpid()
+                raw = struct.pack("iII", pid, who.uid, who.gid)
                 stamp = [(socket.SOL_SOCKET, socket.SCM_CREDENTIALS, raw)]
             with self.names.near(to) if to else contextlib.nullcontext(b"") as address:
                 for message in messages:
