@@ -18,7 +18,7 @@ from driver import PROGRAMS, SYSTEM_PYTHON, Podtree
 from lives import End, cases_of, ends, generations, live_on, start, start_together, verify
 
 PYTHON = (
-    *("processes", "descriptors", "watching", "pidfds", "views", "mqueues"),
+    *("processes", "descriptors", "watching", "pidfds", "views", "mqueues", "aio"),
     *("sockets", "signals", "credentials", "sysvipc"),
 )
 COMPILED = ("registers", "blocked", "threads", "mappings")
@@ -30,6 +30,8 @@ REFUSED = {  # (program, case): the object and the reason that are named
     ("threads", "dead_leader"): ("thread group", "leader thread has ended"),
     ("watching", "unread"): ("anon_inode:inotify", "events are unread"),
     ("watching", "directory_notify"): ("/dir", "dnotify"),
+    ("aio", "polling"): ("AIO context", "it polls"),
+    ("aio", "inherited"): ("AIO context", "another process"),
 }
 KNOWN: dict[tuple[str, str], str] = {}  # product gaps: a test that begins to pass fails, so that its line here goes
 PY_CASES = [(program, case) for program in PYTHON for case in cases_of(f"{program}.py")]

@@ -20,7 +20,7 @@ from podtree.kernel.mountinfo import mounts_of
 from podtree.kernel.pidfd import pidfd_getfd
 from podtree.kernel.procfs import MapEntry
 from podtree.kernel.sys import NR
-from podtree.objects import memory, processes, scheduling, seccomp, signals, threads, timers, tmpfs
+from podtree.objects import aio, memory, processes, scheduling, seccomp, signals, threads, timers, tmpfs
 from podtree.objects.contents import Contents
 from podtree.objects.context import CollectContext, FrozenProcess
 from podtree.objects.descriptors import Fd, FileTable
@@ -267,7 +267,10 @@ def _collect_memory(
 
     vmas: list[Vma] = memory.collect_vmas(view.entries, file_of, functools.partial(ctx.refuse, process))
     return Memory(
-        vmas=tuple(vmas), layout=memory.collect_layout(process.host_pid, brk), pages=str(process.pid)
+        vmas=tuple(vmas),
+        layout=memory.collect_layout(process.host_pid, brk),
+        pages=str(process.pid),
+        rings=aio.collect(process, view.entries, ctx),
     )
 
 

@@ -23,9 +23,9 @@ from podtree.kernel.btf import Btf
 from podtree.kernel.sys import NR, PAGE_SIZE, syscall
 
 BPF_MAP_CREATE, BPF_PROG_LOAD, BPF_PROG_TEST_RUN = 0, 5, 10
-BPF_MAP_TYPE_ARRAY, BPF_F_MMAPABLE = 2, 1 << 10
+BPF_MAP_TYPE_ARRAY, BPF_MAP_TYPE_PERCPU_ARRAY, BPF_F_MMAPABLE = 2, 6, 1 << 10
 BPF_PROG_TYPE_RAW_TRACEPOINT = 17
-MAP_LOOKUP_ELEM, GET_CURRENT_TASK, PROBE_READ_KERNEL = 1, 35, 113  # enum bpf_func_id
+MAP_LOOKUP_ELEM, GET_CURRENT_TASK, PROBE_READ_KERNEL, MAP_LOOKUP_PERCPU_ELEM = 1, 35, 113, 195  # enum bpf_func_id
 SOL_PACKET, PACKET_RX_RING = 263, 5
 PIDTYPE_TGID = 1  # include/linux/pid_types.h
 WINDOW = 1 << 18  # bytes copied by one call
@@ -74,10 +74,46 @@ def _program(map_fd: int) -> bytes:
     return b"".join(code)
 
 
+def _per_cpu_program(map_fd: int, per_cpu_fd: int) -> bytes:
+    """Puts the address of the second map's element on a CPU, its argument, into the first one."""
+    i = _instruction
+    code = (
+        i(0x79, 7, 1, 0),  # r7 = the CPU
+        i(0x62, 10, 0, -4, 0),  # key 0, on the stack
+        i(0xBF, 2, 10),
+        i(0x07, 2, 0, 0, -4),
+        i(0x18, 1, 1, 0, map_fd),
+        i(0),
+        i(0x85, imm=MAP_LOOKUP_ELEM),
+        i(0x15, 0, 0, 11, 0),  # not there: fail
+        i(0xBF, 6, 0),
+        i(0xBF, 2, 10),
+        i(0x07, 2, 0, 0, -4),
+        i(0xBF, 3, 7),
+        i(0x18, 1, 1, 0, per_cpu_fd),
+        i(0),
+        i(0x85, imm=MAP_LOOKUP_PERCPU_ELEM),
+        i(0x15, 0, 0, 3, 0),
+        i(0x7B, 6, 0, 0),
+        i(0xB7, 0, 0, 0, 0),
+        i(0x95),
+        i(0xB7, 0, 0, 0, 1),  # fail:
+        i(0x95),
+    )
+    return b"".join(code)
+
+
 def _bpf(command: int, attr: bytes) -> tuple[int, bytes]:
     """bpf(2) with a union bpf_attr; its result, and the union as the kernel left it."""
     buffer = ctypes.create_string_buffer(attr.ljust(128, b"\0"), 128)
     return syscall(NR.bpf, command, buffer, 128), buffer.raw
+
+
+def _possible_cpus() -> list[int]:
+    """Numbers of all CPUs that there may ever be: cpu-hotplug.rst."""
+    with open("/sys/devices/system/cpu/possible", encoding="ascii") as file:
+        ends = [part.split("-") for part in file.read().strip().split(",")]
+    return [cpu for part in ends for cpu in range(int(part[0]), int(part[-1]) + 1)]
 
 
 class View:
@@ -124,11 +160,12 @@ class KernelMemory:
     def __init__(self) -> None:
         self.btf = Btf()
         self._map = self._program = -1
+        self._cpu_offsets: list[int] = []
         try:
             create = struct.pack("<5I", BPF_MAP_TYPE_ARRAY, 4, WINDOW, 1, BPF_F_MMAPABLE)
             self._map, _ = _bpf(BPF_MAP_CREATE, create)
             self._window = mmap.mmap(self._map, WINDOW)
-            self._program = self._load()
+            self._program = self._load(_program(self._map))
             self._pages = self._find_pages()
         except BaseException:
             self.close()
@@ -141,17 +178,18 @@ class KernelMemory:
                 os.close(fd)
         self._map = self._program = -1
 
-    def _load(self) -> int:
-        code = ctypes.create_string_buffer(_program(self._map))
+    def _load(self, program: bytes) -> int:
+        code = ctypes.create_string_buffer(program)
         licence = ctypes.create_string_buffer(b"GPL")  # the helper asks for it
         count, at = (len(code) - 1) // 8, ctypes.addressof
         attr = struct.pack("<IIQQ", BPF_PROG_TYPE_RAW_TRACEPOINT, count, at(code), at(licence))
         return _bpf(BPF_PROG_LOAD, attr)[0]
 
-    def _run(self, address: int, size: int) -> int:
-        """What the program returns: 0, or that it failed."""
-        context = ctypes.create_string_buffer(struct.pack("<QQ", address, size), 16)
-        attr = struct.pack("<IIIIQQIIIIQQ", self._program, *[0] * 7, 16, 0, ctypes.addressof(context), 0)
+    def _run(self, first: int, second: int, program: int = -1) -> int:
+        """What the (first) program returns: 0, or that it failed."""
+        program = self._program if program < 0 else program
+        context = ctypes.create_string_buffer(struct.pack("<QQ", first, second), 16)
+        attr = struct.pack("<IIIIQQIIIIQQ", program, *[0] * 7, 16, 0, ctypes.addressof(context), 0)
         _, answer = _bpf(BPF_PROG_TEST_RUN, attr)
         result: int = struct.unpack_from("<i", answer, 4)[0]
         return result
@@ -187,6 +225,33 @@ class KernelMemory:
             yield found
             at = found.pointer(path)
         raise Unreadable("a list without an end")
+
+    def of_all_cpus(self, pointer: int, name: str) -> Iterator[View]:
+        """The `struct name` of each possible CPU to which a __percpu pointer leads."""
+        for offset in self._find_cpu_offsets():
+            yield self.view(name, pointer + offset & (1 << 64) - 1)
+
+    def _find_cpu_offsets(self) -> list[int]:
+        """What is added to a __percpu pointer, by CPU (include/linux/percpu-defs.h, per_cpu_ptr()).
+
+        A map with an element for each has such a pointer, and a program is told where they are.
+        """
+        if not self._cpu_offsets:
+            per_cpu, _ = _bpf(BPF_MAP_CREATE, struct.pack("<5I", BPF_MAP_TYPE_PERCPU_ARRAY, 4, 8, 1, 0))
+            program = -1
+            try:
+                program = self._load(_per_cpu_program(self._map, per_cpu))
+                array = self.container("bpf_array", "map", self.file(per_cpu).pointer("private_data"))
+                pointer = self.pointer(array.at("pptrs"))
+                for cpu in _possible_cpus():
+                    if self._run(cpu, 0, program):
+                        raise Unreadable(f"the area of CPU {cpu}")
+                    self._cpu_offsets.append(int.from_bytes(self._window[:8], "little") - pointer)
+            finally:
+                os.close(per_cpu)
+                if program >= 0:
+                    os.close(program)
+        return self._cpu_offsets
 
     # --- where to begin
 

@@ -110,7 +110,9 @@ class NR(enum.IntEnum):
     futex = 202
     sched_setaffinity = 203
     sched_getaffinity = 204
+    io_setup = 206
     io_getevents = 208
+    io_submit = 209
     set_tid_address = 218
     restart_syscall = 219
     semtimedop = 220

@@ -21,6 +21,8 @@ from podtree.errors import RestoreFailed
 from podtree.kernel import mm, procfs
 from podtree.kernel.procfs import MapEntry
 from podtree.kernel.sys import NR, PAGE_SIZE
+from podtree.objects import aio
+from podtree.objects.aio import AioRing
 from podtree.objects.contents import subtract_runs
 from podtree.script.task import Script
 
@@ -49,6 +51,7 @@ class VmaKind(enum.StrEnum):
     ANON = "anon"  # private anonymous
     FILE = "file"  # a file, private or shared; also memfd and shared anonymous memory
     SYSV = "sysv"  # attached System V shared memory
+    AIO = "aio"  # the ring of an AIO context
     VDSO = "vdso"  # vvar and vdso together
 
 
@@ -87,12 +90,13 @@ class MemoryLayout(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Memory(msgspec.Struct, frozen=True, kw_only=True):
-    """One address space. `pages` names its page file; `guards` are (address, length)."""
+    """One address space. `pages` names its page file; `guards` are (address, length); `rings` of AIO contexts."""
 
     vmas: tuple[Vma, ...]
     layout: MemoryLayout
     pages: str
     guards: tuple[tuple[int, int], ...] = ()
+    rings: tuple[AioRing, ...] = ()
 
 
 def is_vdso(entry: MapEntry) -> bool:
@@ -161,7 +165,9 @@ def _collect_vma(
         return None
     shared = entry.perms[3] == "s"
     kind, file = VmaKind.ANON, -1
-    if is_attached_segment(entry):
+    if aio.is_ring(entry):
+        kind = VmaKind.AIO
+    elif is_attached_segment(entry):
         kind, file = VmaKind.SYSV, entry.inode  # the inode number is the segment's id (ipc/shm.c)
     elif entry.inode and not (entry.path == "/dev/zero" and not shared):
         kind = VmaKind.FILE
@@ -367,7 +373,7 @@ def restore_vma(vma: Vma, script: Script, slot_base: int, fill: bool) -> None:
     length = vma.end - vma.start
     if vma.kind is VmaKind.VDSO:
         script.add(NR.arch_prctl, ARCH_MAP_VDSO_64, vma.start, name=f"{what} (vdso)")
-    elif vma.kind is not VmaKind.SYSV:
+    elif vma.kind not in (VmaKind.SYSV, VmaKind.AIO):
         prot = vma.prot | mm.PROT_READ | mm.PROT_WRITE if fill else vma.prot
         fd = slot_base + vma.file if vma.kind is VmaKind.FILE else -1
         script.add(NR.mmap, vma.start, length, prot, map_flags(vma), fd, vma.offset, name=what)

@@ -15,7 +15,7 @@ from podtree.image.pages import Run, load_map
 from podtree.kernel import fdops, mm, mqueue, procfs, ptrace, userfaultfd
 from podtree.kernel.pidfd import pidfd_getfd, pidfd_open
 from podtree.kernel.sys import NR, PAGE_SIZE
-from podtree.objects import memory, processes, scheduling, signals, sysvipc, threads, timers
+from podtree.objects import aio, memory, processes, scheduling, signals, sysvipc, threads, timers
 from podtree.objects.descriptors import Deferred
 from podtree.objects.epoll import OwnWatch
 from podtree.objects.memory import Vma, VmaKind
@@ -78,6 +78,9 @@ class ProcessRestorer:
         pieces: list[Piece] = []
         if self.shared.lazily:
             runs, pieces, waiting = pager.split(self.process.memory.vmas, runs)
+        for ring in self.process.memory.rings:  # first: the kernel chooses where they are made
+            arena = (self.body.arena, self.body.arena + SIZE)
+            aio.restore(ring, self.body, memory.free_gap(self.process.memory.vmas, len(ring.data), [arena]))
         script = self.body.script()
         for index, vma in enumerate(self.process.memory.vmas):
             memory.restore_vma(vma, script, self.shared.slot_base, index in filled)
