@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import mmap
 import os
 import random
 import time
@@ -123,6 +124,16 @@ def vma(image: Image) -> Image:
     return vmas(image)[0]
 
 
+def ring(place: Callable[[Image], int]) -> Edit:
+    """Gives process 1 an AIO context there."""
+
+    def edit(image: Image) -> None:
+        one = {"start": place(image), "requests": 1, "tail": 0, "prot": 3, "data": bytes(2 * mmap.PAGESIZE)}
+        leader(image)["memory"]["rings"] = [one]
+
+    return edit
+
+
 def put(value: object, *path: str | int) -> Edit:
     """Sets what is at a path below process 1."""
 
@@ -229,6 +240,9 @@ IMPOSSIBLE: dict[str, Edit] = {
     "a mapping of the kernel": put((1 << 64) - 4096, "memory", "vmas", 0, "end"),
     "a mapping of everything": lambda image: vma(image).update(start=4096, end=0x7FFFFFFFE000),
     "an empty mapping": lambda image: vma(image).update(end=vma(image)["start"]),
+    "a ring at no mapping": ring(lambda _: 0x200000),
+    "a ring over a mapping": ring(lambda image: vmas(image)[1]["start"]),
+    "a ring without contents": lambda image: vma(image).update(kind="aio"),
     "an odd mapping": lambda image: vma(image).update(start=vma(image)["start"] + 1),
     "a mapping twice": lambda image: vmas(image).insert(0, vma(image)),
     "no mappings": put([], "memory", "vmas"),

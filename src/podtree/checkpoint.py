@@ -29,7 +29,7 @@ from podtree.image.manifest import Clock, Manifest, StdioSet
 from podtree.image.pages import PageFile, Run
 from podtree.kernel import mm, procfs
 from podtree.kernel.sys import PAGE_SIZE
-from podtree.objects import descriptors, inotify, insight, memory, socketcommon, sockets, sysvipc
+from podtree.objects import aio, descriptors, inotify, insight, memory, socketcommon, sockets, sysvipc
 from podtree.objects.contents import Contents
 from podtree.objects.context import CollectContext
 from podtree.objects.descriptors import FileTable
@@ -439,7 +439,13 @@ class Checkpointer:
     # --- pages
 
     def _precopy(self) -> None:
-        """Save big address spaces that aren't tracked yet while the pod runs; the stop then finds little left."""
+        """Save big address spaces that aren't tracked yet while the pod runs; the stop then finds little left.
+
+        Direct I/O marks the pages that it reads into when it begins, and fills them when the device answers: what is
+        copied in between is stale, and nothing marks it again. So tracking begins while the pod is stopped, when no
+        call is under way, and whatever is marked while it runs is copied at the stop, too. AIO may be under way even
+        then: who has that has to wait.
+        """
         if self._untracked_bytes() < PRECOPY_BYTES:
             return
         frozen = self._freeze()
@@ -447,14 +453,17 @@ class Checkpointer:
             context = self._context(frozen, dry_run=True)
             views = collect.look(frozen, context)
             self._adopt_trackers(views)
-            armed = [(v, self._arm(v)) for v in views]
-            armed = [(v, t) for v, t in armed if not t.complete]
-            hosts = {v.process.pid: v.process.host_pid for v in views}
+            armed = [(v, self._arm(v)) for v in views if not any(map(aio.is_ring, v.entries))]
+            armed = [(v, t) for v, t in armed if t.uffd >= 0 and not t.complete]
+            wanted = [_wanted(memory.scan(v.process.host_pid, v.entries, tracked=True), t) for v, t in armed]
         finally:
             self._release(frozen)
-        for _ in range(PRECOPY_ROUNDS):
-            copied = sum(self._precopy_one(hosts[v.process.pid], v, t) for v, t in armed if t.uffd >= 0)
-            if copied < PRECOPY_BYTES:
+        for (view, tracker), runs in zip(armed, wanted, strict=True):
+            tracker.doubtful = []
+            self._precopy_one(view, tracker, runs)
+            tracker.complete = True
+        for _ in range(PRECOPY_ROUNDS - 1):
+            if sum(self._precopy_written(view, tracker) for view, tracker in armed) < PRECOPY_BYTES:
                 break
 
     def _untracked_bytes(self) -> int:
@@ -468,14 +477,18 @@ class Checkpointer:
                     total += int(text.get("RssAnon", "0 kB").split()[0]) << 10
         return total
 
-    def _precopy_one(self, host: int, view: ProcessView, tracker: Tracker) -> int:
-        """Copy what is written in one running address space straight to its page file; bytes copied."""
+    def _precopy_written(self, view: ProcessView, tracker: Tracker) -> int:
+        """Copy what was written in a running address space since the last time; bytes copied."""
         try:
-            scanned = memory.scan(host, view.entries, tracked=True)
+            scanned = memory.scan(view.process.host_pid, view.entries, tracked=True)
         except (FileNotFoundError, ProcessLookupError):
             return 0  # it has ended meanwhile
-        wanted = _wanted(scanned, tracker)
-        tracker.doubtful = []
+        tracker.doubtful += scanned.written
+        return self._precopy_one(view, tracker, pages.merge_runs(scanned.written))
+
+    def _precopy_one(self, view: ProcessView, tracker: Tracker, wanted: list[Run]) -> int:
+        """Copy pages of a running address space straight to its page file; bytes copied."""
+        host = view.process.host_pid
         mem_fd = os.open(self.live.img_dir / "mem", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         total = 0
         try:
@@ -494,7 +507,6 @@ class Checkpointer:
                 self._precopied += file.bytes_written
         finally:
             os.close(mem_fd)
-        tracker.complete = True
         return total
 
     def _copy_pages(self, views: list[ProcessView]) -> list[tuple[Copied, ScannedPages]]:

@@ -21,6 +21,7 @@ from podtree.kernel.pidfd import pidfd_getfd
 from podtree.kernel.procfs import MapEntry
 from podtree.kernel.sys import NR
 from podtree.objects import aio, memory, processes, scheduling, seccomp, signals, threads, timers, tmpfs
+from podtree.objects.aio import AioRing
 from podtree.objects.contents import Contents
 from podtree.objects.context import CollectContext, FrozenProcess
 from podtree.objects.descriptors import Fd, FileTable
@@ -203,7 +204,12 @@ def collect_processes(
     inner_tid = {t.tid: t.inner_tid for p in frozen.processes for t in p.tasks}
     mapped: dict[tuple[tuple[int, int], int, str, bool], int | None] = {}
     unreported = {pid for v in views for pid in v.unreported_stops}
-    found = [_collect_process(v, places[v.process.pid], ctx, table, inner_tid, mapped, unreported) for v in views]
+    # Before all else: requests under way, which are waited for, count in eventfds and write to shared memory.
+    rings = {v.process.pid: aio.collect(v.process, v.entries, ctx) for v in views}
+    found = [
+        _collect_process(v, places[v.process.pid], ctx, table, inner_tid, mapped, unreported, rings[v.process.pid])
+        for v in views
+    ]
     zombies = [_collect_zombie(p, places[p.pid]) for p in frozen.processes if p.zombie]
     _refuse_sharing(frozen, ctx)
     return Collected(found, zombies, max((v.last_pid for v in views), default=0))
@@ -217,6 +223,7 @@ def _collect_process(
     inner_tid: dict[int, int],
     mapped: dict[tuple[tuple[int, int], int, str, bool], int | None],
     unreported: set[int],
+    rings: tuple[AioRing, ...],
 ) -> Process:
     process, asked, results = view.process, view.asked, view.results
     assert asked is not None and results is not None
@@ -228,7 +235,7 @@ def _collect_process(
     return Process(
         place=place,
         threads=tuple(view.threads),
-        memory=_collect_memory(view, ctx, table, results.values[asked.brk], mapped),
+        memory=_collect_memory(view, ctx, table, results.values[asked.brk], mapped, rings),
         fds=tuple(fds),
         cwd=_add_directory(process, "cwd", table),
         root=_add_root(process, table),
@@ -256,6 +263,7 @@ def _collect_memory(
     table: FileTable,
     brk: int,
     mapped: dict[tuple[tuple[int, int], int, str, bool], int | None],
+    rings: tuple[AioRing, ...],
 ) -> Memory:
     process = view.process
 
@@ -270,7 +278,7 @@ def _collect_memory(
         vmas=tuple(vmas),
         layout=memory.collect_layout(process.host_pid, brk),
         pages=str(process.pid),
-        rings=aio.collect(process, view.entries, ctx),
+        rings=rings,
     )
 
 

@@ -73,7 +73,8 @@ def collect(process: FrozenProcess, entries: list[MapEntry], ctx: CollectContext
         elif reason := _busy(memory, context):
             ctx.refuse(process, name, reason, "" if _polls(memory, context) else RETRY)
         else:
-            found.append(_collect_ring(process, entry, context))
+            now = memory.view("kioctx", context.address)  # since then requests may have ended
+            found.append(_collect_ring(process, entry, now))
     return tuple(found)
 
 

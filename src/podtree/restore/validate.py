@@ -162,6 +162,12 @@ def _check_memory(process: Process) -> None:
         end = vma.end
     vdsos = sum(vma.kind is VmaKind.VDSO for vma in process.memory.vmas)
     _expect(vdsos == 1, f"process {pid} has {vdsos} vdsos")
+    mapped = [(vma.start, vma.end - vma.start) for vma in process.memory.vmas if vma.kind is VmaKind.AIO]
+    rings = sorted((ring.start, len(ring.data)) for ring in process.memory.rings)
+    _expect(rings == mapped, f"process {pid} has AIO contexts elsewhere than it has their rings")
+    for ring in process.memory.rings:
+        possible = 0 <= ring.prot <= 7 and 0 < ring.requests < 1 << 32
+        _expect(possible, f"process {pid} has an impossible AIO context at {ring.start:#x}")
     for start, length in process.memory.guards:
         _expect(0 <= start < start + length <= mm.TASK_SIZE, f"process {pid} has guard pages at {start:#x}")
 
