@@ -137,6 +137,16 @@ def test_words_that_are_no_text(podtree: Podtree) -> None:
     assert "caf" in json.loads(podtree("logs", word, "--json", code=4).out)["error"]
 
 
+def test_a_tag_that_is_taken(podtree: Podtree) -> None:
+    """No checkpoint is made that can't have the name it was to have."""
+    pod = podtree.run("sleep", "1000")
+    pod.checkpoint("--tag", "taken")
+    for name, code in (("taken", 5), (pod.name, 5), ("a/b", 2)):
+        podtree("checkpoint", pod.name, "--tag", name, code=code)
+    assert len(podtree.json("log", pod.name)) == 1
+    podtree("untag", "taken")
+
+
 def test_several_branches(podtree: Podtree) -> None:
     """One object each; when one of the names is taken, none is made."""
     pod = podtree.run("sleep", "1000")

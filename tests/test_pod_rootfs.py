@@ -175,6 +175,27 @@ def test_hostile_oci_layout(podtree: Podtree, layout: Layout, tmp_path: Path) ->
     refused("damaged")
 
 
+def test_unused_roots_are_freed(podtree: Podtree, small_root: Path, tmp_path: Path) -> None:
+    """gc removes what a tar file was unpacked to, once it is old and neither a pod nor a checkpoint needs it."""
+    archive = tmp_path / "root.tar"
+    (tmp_path / "only-here").touch()
+    with tarfile.open(archive, "w") as tar:
+        tar.add(small_root, ".")
+        tar.add(tmp_path / "only-here", "only-here")
+    podtree("run", "-d", "--name", "rooted", "--rootfs", archive, "--", "/bin/cat", "/etc/mark")
+    (unpacked,) = (path.parent for path in (podtree.home / "pool" / "rootfs").glob("*/only-here"))
+    os.utime(unpacked, (0, 0))
+    podtree("gc")
+    assert unpacked.exists()
+    podtree("rm", "--force", "rooted")
+    os.utime(unpacked)
+    podtree("gc")
+    assert unpacked.exists()
+    os.utime(unpacked, (0, 0))
+    assert unpacked.name in podtree.json("gc", "--dry-run")["leftovers"]
+    assert unpacked.name in podtree.json("gc")["leftovers"] and not unpacked.exists()
+
+
 def test_not_a_root(podtree: Podtree, tmp_path: Path) -> None:
     (tmp_path / "x").write_text("no archive")
     podtree("run", "--rootfs", str(tmp_path / "x"), "--", "true", code=2)

@@ -158,6 +158,7 @@ class NR(enum.IntEnum):
     recvmmsg = 299
     prlimit64 = 302
     open_by_handle_at = 304
+    syncfs = 306
     sendmmsg = 307
     setns = 308
     process_vm_readv = 310

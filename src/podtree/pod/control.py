@@ -302,7 +302,7 @@ def checkpoint(
     if as_text(message) != message:
         raise UsageError(f"the message is not valid UTF-8: {message}")
     if tag is not None:
-        refs.check_name(tag, "tag")
+        pool.check_free(refs.check_name(tag, "tag"))  # before there is a checkpoint that nobody asked for
     result = call(pool, pod, "checkpoint", message=message, stop=stop)
     if tag is not None:
         pool.tag(tag, result["id"])

@@ -7,6 +7,7 @@ reach out of it. Device nodes are left out: pods have their own.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import os
 import shutil
@@ -19,6 +20,7 @@ from typing import IO
 from podtree.errors import PodtreeError, UsageError
 from podtree.kernel import caps
 from podtree.kernel.caps import Cap
+from podtree.kernel.sys import NR, syscall
 from podtree.pod import ocilayout
 
 _WHITEOUT = ".wh."
@@ -53,22 +55,46 @@ def _unpacked(pool_root: Path, digest: str, layers: tuple[Path, ...], source: st
     `layered`: they are layers of an image, in which some names take files away (image-spec, layer.md: whiteouts).
     """
     target = pool_root / "rootfs" / digest[:32]
-    if not target.is_dir():
+    target.parent.mkdir(mode=0o700, exist_ok=True)
+    if not _keep(target):
         with contextlib.ExitStack() as stack:
             _unpack_into([stack.enter_context(open(layer, "rb")) for layer in layers], target, source, layered)
     return str(target)
 
 
+def _keep(target: Path) -> bool:
+    """Whether it is there; gc leaves it alone for a while then (Pool.gc): no pod names it yet."""
+    fd = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH)
+        os.utime(target)
+    except FileNotFoundError:
+        return False
+    finally:
+        os.close(fd)
+    return True
+
+
 def _unpack_into(layers: list[IO[bytes]], target: Path, source: str, layered: bool) -> None:
     """By way of a directory of another name: `target` is whole or isn't there."""
-    target.parent.mkdir(mode=0o700, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=".new-", dir=target.parent))
     try:
         _in_child(layers, draft, source, layered)
+        os.utime(draft)  # the archive may say otherwise
+        _make_durable(draft)
         with contextlib.suppress(OSError):  # somebody else was faster
             os.rename(draft, target)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def _make_durable(directory: Path) -> None:
+    """The rename could outlive a power failure, and what was written to the files before not: syncfs(2)."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        syscall(NR.syncfs, fd)
+    finally:
+        os.close(fd)
 
 
 def _in_child(layers: list[IO[bytes]], draft: Path, source: str, layered: bool) -> None:

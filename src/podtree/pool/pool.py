@@ -7,6 +7,8 @@ Disk layout: podtree/pool/store.py; place and mount: home.py; index: index.py; w
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import itertools
 import json
 import os
 import sqlite3
@@ -40,6 +42,7 @@ from podtree.volume.btrfs import BtrfsVolumes
 
 LOCK_SECONDS = 60.0  # how long to wait for another command that works on the same pod
 _LEAST_FREE = 256 * home.MIB
+_ROOT_REST_S = 3600.0  # how long an unpacked root may be there before a pod has it, or be unpacked
 _SPARE = 64 * home.MIB
 _INDEX_ROOM = 2 * home.MIB
 
@@ -568,7 +571,7 @@ class Pool:
             gone = retention.remove_unneeded(connection)
         self._remove_directories(Removed(checkpoints=gone))
         leftovers = self.store.clean_leftovers()
-        for path in self.strays():
+        for path in itertools.chain(self.strays(), self._unused_roots()):  # locked while they are at hand
             leftovers.append(path.name)
             self.store.throw_away(path)
         self._forget_old_runtimes()
@@ -580,8 +583,22 @@ class Pool:
         return GcReport(checkpoints=gone, leftovers=tuple(leftovers), bytes_freed=freed, finished=finished)
 
     def _leftovers(self) -> Iterator[str]:
-        for paths in (self.strays(), self.store.strays(self.store.drafts, set())):
+        for paths in (self.strays(), self._unused_roots(), self.store.strays(self.store.drafts, set())):
             yield from (path.name for path in paths)
+
+    def _unused_roots(self) -> Iterator[Path]:
+        """What tar files were unpacked to (podtree.pod.rootfs) that no pod names: also none with checkpoints left.
+
+        Nobody takes one of them again while it is yielded. What is being unpacked may have any time from the archive.
+        """
+        with contextlib.suppress(FileNotFoundError), _locked(self.root / "rootfs"):
+            specs = [json.loads(row[0]) for row in self.index.rows("SELECT spec FROM pods")]
+            named = {os.path.basename(spec.get("rootfs") or "") for spec in specs}
+            for entry in list(os.scandir(self.root / "rootfs")):
+                stat = entry.stat(follow_symlinks=False)
+                since = stat.st_ctime if entry.name.startswith(".") else stat.st_mtime
+                if entry.name not in named and time.time() - since > _ROOT_REST_S:
+                    yield Path(entry.path)
 
     def strays(self) -> Iterator[Path]:
         """Directories in pods/ and ckpts/ that the index doesn't know and nobody is making; locked while yielded."""
@@ -597,6 +614,17 @@ class Pool:
         for entry in os.scandir(self.home / "run"):
             if len(entry.name) == 12 and entry.name not in known:
                 self._forget_runtime(PodId(entry.name))
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Scope of an exclusive flock(2) on a directory; raises FileNotFoundError."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
 
 
 def _json(value: object) -> str:
