@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from driver import SLOW, Pod, Podtree, until
@@ -48,3 +49,13 @@ def wait_gone(pid: int) -> None:
             return True
 
     until(gone, f"process {pid} is gone")
+
+
+@contextlib.contextmanager
+def writable(snapshot: Path) -> Iterator[None]:
+    """A snapshot that somebody tampers with."""
+    subprocess.run(["btrfs", "property", "set", str(snapshot), "ro", "false"], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["btrfs", "property", "set", str(snapshot), "ro", "true"], check=True)

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from driver import SYSTEM_PYTHON, Pod, Podtree, until
-from pod_fixtures import parent, status, supervisor_of
+from pod_fixtures import parent, status, supervisor_of, writable
 from podtree.kernel.sys import PAGE_SIZE
 from podtree.objects.memory import Vma, VmaKind
 from podtree.restore import pager
@@ -105,6 +105,76 @@ def test_pager_dies_while_it_fills(hardly: Podtree, orphaned: bool) -> None:
     os.kill(victim, signal.SIGKILL)
     assert branch.wait() == 137
     assert "OK" not in branch.logs()
+
+
+DAMAGED = """
+import ctypes, mmap, os, time
+area = mmap.mmap(-1, 4 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+area[:] = bytes([7]) * len(area)
+print("AT", ctypes.addressof(ctypes.c_char.from_buffer(area)) + (3 << 20), flush=True)
+while not os.path.exists("/srv/go"): time.sleep(0.01)
+print("READ", area[3 << 20], flush=True)
+time.sleep(1000)
+"""
+
+
+RESTARTABLE = """
+import ctypes, time
+libc = ctypes.CDLL(None)
+libc.pthread_self.restype = ctypes.c_ulong
+print("AT", libc.pthread_self() + ctypes.c_ssize_t.in_dll(libc, "__rseq_offset").value, flush=True)
+time.sleep(1000)
+"""
+
+
+def damaged(podtree: Podtree, program: str = DAMAGED) -> str:
+    """A checkpoint with a bit flipped where the program says."""
+    pod = podtree.run(SYSTEM_PYTHON, "-c", program)
+    at = int(pod.wait_log("AT").partition("AT ")[2].split()[0])
+    ref = pod.checkpoint()
+    image = podtree.home / "pool" / "ckpts" / ref / "img"
+    with writable(image), open(image / "mem" / "1", "r+b") as file:
+        (byte,) = os.pread(file.fileno(), 1, at)
+        os.pwrite(file.fileno(), bytes([byte ^ 1]), at)
+    return ref
+
+
+def test_a_damaged_page_is_never_read(hardly: Podtree) -> None:
+    """The branch runs already; it is ended when it is about to read the page, and its log says why."""
+    branch = hardly.branch(damaged(hardly))
+    pager_of(branch)
+    branch.sh("touch /srv/go")
+    assert branch.wait() == 137
+    assert "READ" not in branch.logs() and "of page file mem/1 is damaged: the pod can't go on" in branch.logs()
+
+
+def test_a_damaged_page_is_found_without_a_supervisor(hardly: Podtree) -> None:
+    branch = hardly.branch(damaged(hardly))
+    victim = pager_of(branch)
+    os.kill(victim, signal.SIGSTOP)
+    branch.sh("touch /srv/go")
+    os.kill(supervisor_of(branch), signal.SIGKILL)
+    os.kill(victim, signal.SIGCONT)
+    assert branch.wait() == 137
+    assert "READ" not in branch.logs() and "of page file mem/1 is damaged: the pod can't go on" in branch.logs()
+
+
+def test_a_damaged_page_is_found_though_nobody_reads_it(slowly: Podtree) -> None:
+    """In the background: when the branch runs already, or before, which is a matter of how fast it is restored."""
+    done = slowly("branch", damaged(slowly), "--name", "branch", code=None)
+    if done.code == 0:
+        assert slowly("wait", "branch", code=None).out.strip() == "137"
+        done = slowly("logs", "branch")
+    else:
+        assert done.code == 8
+    assert "of page file mem/1 is damaged: the pod can't go on" in done.out + done.err
+
+
+def test_a_damaged_page_that_the_restore_itself_needs(hardly: Podtree) -> None:
+    """The kernel looks at a thread's restartable sequence when that is registered, which waits for the pager."""
+    done = hardly("branch", damaged(hardly, RESTARTABLE), code=8)
+    assert "of page file mem/1 is damaged: the pod can't go on" in done.err
+    assert len(hardly.pods()) == 1
 
 
 def test_removed_while_it_fills(hardly: Podtree) -> None:

@@ -267,9 +267,11 @@ class Checkpointer:
         themselves, later); a userfaultfd that was just being made is closed.
         """
         live = self.live
-        if not pager.await_orphan(live.dirs.run):
+        try:
+            pager.await_orphan(live.dirs.run)
+        except RestoreFailed:
             os.kill(live.init_pid, signal.SIGKILL)
-            raise RestoreFailed("the process that brought in the pod's memory was killed: the pod can't go on")
+            raise
         try:
             sockets.recover(live.pids())
             inotify.recover(live.img_dir)

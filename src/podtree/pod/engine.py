@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import traceback
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from podtree.errors import Problem, RestoreFailed
@@ -17,11 +18,15 @@ if TYPE_CHECKING:
     from podtree.pod.supervisor import Supervisor
 
 
+Lost = Callable[[RestoreFailed], None]
+
+
 class _Lazy:
     """A Checkpointer that is made at the first use: most pods never need one."""
 
-    def __init__(self, live: LivePod) -> None:
+    def __init__(self, live: LivePod, lost: Lost) -> None:
         self._live = live
+        self._lost = lost
         self._made: Any = None
         self._unrecovered = False
 
@@ -30,10 +35,14 @@ class _Lazy:
             from podtree.checkpoint import Checkpointer
 
             self._made = Checkpointer(self._live)
-        if self._unrecovered:
-            self._made.recover()
-            self._unrecovered = False
-        self._made.settle_memory()
+        try:
+            if self._unrecovered:
+                self._made.recover()
+                self._unrecovered = False
+            self._made.settle_memory()
+        except RestoreFailed as error:
+            self._lost(error)
+            raise
         return self._made
 
     def untouched(self) -> bool:
@@ -63,15 +72,18 @@ class _Lazy:
         return self._made is not None and bool(self._made.tend())
 
     def release(self) -> None:
+        filling = self._live.filling
+        if filling is not None and (failure := filling.failure()) is not None:
+            self._lost(failure)
         if self._made is not None:
             self._made.close()
         elif self._live.filling is not None:
             self._live.filling.abandon()
 
 
-def checkpointer(live: LivePod) -> _Lazy:
-    """The pod's checkpointer."""
-    return _Lazy(live)
+def checkpointer(live: LivePod, lost: Lost) -> _Lazy:
+    """The pod's checkpointer. `lost` is told why, when the pod has to be ended for memory that can't come."""
+    return _Lazy(live, lost)
 
 
 def release(lazy: _Lazy | None) -> None:

@@ -148,7 +148,7 @@ class Supervisor:
                 self._serial = max(self._serial, int(name.rpartition("-")[2]))
                 if name not in expected:  # whoever was connected is connected to the origin
                     self.clients.stdio[name].end_input()
-        self.checkpointer = engine.checkpointer(live)
+        self.checkpointer = engine.checkpointer(live, self._memory_lost)
         if live.filling is not None:
             self._watch_filling(os.dup(live.filling.fileno()))
         self._note_running(live)
@@ -168,6 +168,19 @@ class Supervisor:
             self.checkpointer.settle()
             if self.live is not None and self.live.filling is not None:  # it couldn't be stopped just now
                 self.loop.later(_RETRY_S, self._settle_memory)
+
+    def _memory_lost(self, error: PodtreeError) -> None:
+        """The pod is ended because memory of it can't come in: say so where its output goes."""
+        text = f"\r\npodtree: {error.message}\r\n" if self.spec.stdio == "tty" else f"podtree: {error.message}\n"
+        data = text.encode(errors="replace")
+        with contextlib.suppress(OSError):
+            log_fd = _open_log(self.dirs)
+            try:
+                os.write(log_fd, data)
+            finally:
+                os.close(log_fd)
+        for client in self.clients.stdio[INIT].clients if INIT in self.clients.stdio else ():
+            client.send({"out": data, "fd": 2})
 
     def _note_running(self, live: LivePod) -> None:
         """Tell the index, now or, when it is busy or its disk is full, later: the pod comes first."""

@@ -4,12 +4,14 @@ Anonymous memory that is restored so is anonymous memory, of which pages are mis
 *pager*, answers for them (userfaultfd(2)) from the page file: a page that was saved is copied into place, one that
 wasn't, or that the program has dropped since, is zeros. It hears of every munmap, mremap, madvise and fork before it
 takes effect, so what belongs where is known at any instant; it is one thread, so nothing is under way meanwhile.
+Every page is compared with its checksum in the buffer that it is copied from.
 
 What must not happen is that a missing page reads as zeros because nobody answers. The kernel gives up waiting only
 when the last descriptor of a userfaultfd is closed. So the supervisor has one, and so has the process itself, out of
 sight (`Lazy.hidden`), until all is filled; then it is stopped for a moment and that is closed (`Filling.settled`).
-If the pager dies before, the pod can't go on and is ended. The pager marks its life by a locked file: the supervisor
-that replaces one that died waits for it, or learns that it died (`await_orphan`).
+If the pager dies before, or finds a page damaged, the pod can't go on and is ended. The pager marks its life by a
+locked file, and leaves there why it gave up: the supervisor that replaces one that died waits for it, or learns that
+it died (`await_orphan`).
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ from typing import NamedTuple, NoReturn
 
 from podtree.errors import RestoreFailed
 from podtree.image.pages import Run
+from podtree.image.verify import SavedPages
 from podtree.kernel import mm, userfaultfd
+from podtree.kernel.pidfd import pidfd_send_signal
 from podtree.kernel.prctl import set_name
 from podtree.kernel.sys import NR, PAGE_SIZE, syscall
 from podtree.kernel.userfaultfd import Event, Message
@@ -45,6 +49,7 @@ CHUNK = 128 << 10  # brought in around a page that was touched, or by a step in 
 PACE_MS = int(os.environ.get("PODTREE_LAZY_PACE_MS", 0))  # between steps in the background: tests want it to take time
 _DONE = b"f"
 _NO_MEMORY_PATIENCE_S = 30.0
+_HEARD_S = 1.0  # how long a supervisor may take to hear that its pager gives up
 
 
 class Piece(NamedTuple):
@@ -114,10 +119,10 @@ class Missing:
 
 @dataclass(slots=True)
 class Lazy:
-    """One address space to fill. `uffd` is the supervisor's descriptor, `page_fd` the page file's."""
+    """One address space to fill, from its page file. `uffd` is the supervisor's descriptor."""
 
     uffd: int
-    page_fd: int
+    pages: SavedPages
     pieces: list[Piece]
 
 
@@ -158,8 +163,9 @@ def _may_wait(vma: Vma) -> bool:
 class Filling:
     """The supervisor's side: memory of a pod that is still coming in."""
 
-    def __init__(self, pid: int, link: socket.socket, uffds: list[int]) -> None:
+    def __init__(self, pid: int, link: socket.socket, uffds: list[int], mark: Path) -> None:
         self._pid = pid
+        self._mark = mark
         self._link = link
         self._uffds = uffds
         self._all_there = False
@@ -169,10 +175,14 @@ class Filling:
         return self._link.fileno()
 
     def wait(self) -> None:
-        """Until all pages are there. Raises RestoreFailed if the pager has died: the pod must be ended."""
+        """Until all pages are there. Raises RestoreFailed if the pager has died or given up: the pod must be ended."""
         if not self._all_there and self._link.recv(1) != _DONE:
-            raise RestoreFailed("the process that brought in the pod's memory was killed: the pod can't go on")
+            raise _stays_away(self._mark)
         self._all_there = True
+
+    def failure(self) -> RestoreFailed | None:
+        """Why the pager gave up, if it has."""
+        return _stays_away(self._mark) if _reason(self._mark) else None
 
     def settled(self) -> None:
         """Nobody's memory depends on the pager any more: no process has a descriptor of its userfaultfds."""
@@ -194,8 +204,11 @@ class Filling:
         self._uffds.clear()
 
 
-def start(lazies: Sequence[Lazy], run: Path) -> Filling | None:
-    """Start the pager; the page files' descriptors are its own from now on. None if there is nothing to fill."""
+def start(lazies: Sequence[Lazy], run: Path, init_pidfd: int) -> Filling | None:
+    """Start the pager; the page files' descriptors are its own from now on. None if there is nothing to fill.
+
+    `init_pidfd`: the pod's first process, which is killed when the pager gives up and nobody else sees to that.
+    """
     if not lazies:
         return None
     ours, theirs = socket.socketpair()
@@ -203,38 +216,54 @@ def start(lazies: Sequence[Lazy], run: Path) -> Filling | None:
     fcntl.flock(lock, fcntl.LOCK_EX)
     pid = os.fork()
     if pid == 0:
-        _main(lazies, theirs, lock, run / FILE)
+        _main(lazies, theirs, lock, run / FILE, init_pidfd)
     theirs.close()
     os.close(lock)
     for lazy in lazies:
-        os.close(lazy.page_fd)
-    return Filling(pid, ours, [lazy.uffd for lazy in lazies])
+        lazy.pages.close()
+    return Filling(pid, ours, [lazy.uffd for lazy in lazies], run / FILE)
 
 
-def await_orphan(run: Path) -> bool:
-    """Wait for a pager that has outlived its supervisor; False if one died before it was done."""
+def await_orphan(run: Path) -> None:
+    """Wait for a pager that has outlived its supervisor. Raises RestoreFailed if one ended before it was done."""
     try:
         fd = os.open(run / FILE, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
-        return True
+        return
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)
-        return not (run / FILE).exists()
+        if (run / FILE).exists():
+            raise _stays_away(run / FILE)
     finally:
         os.close(fd)
+
+
+def _stays_away(mark: Path) -> RestoreFailed:
+    """Why a pod's memory doesn't come."""
+    reason = _reason(mark)
+    why = reason or "the process that brought in the pod's memory was killed"
+    return RestoreFailed(f"{why}: the pod can't go on", "podtree fsck" if reason else "")
+
+
+def _reason(mark: Path) -> str:
+    try:
+        return mark.read_text(errors="replace")
+    except OSError:
+        return ""
 
 
 # --- the pager itself
 
 
-def _main(lazies: Sequence[Lazy], link: socket.socket, lock: int, mark: Path) -> NoReturn:
+def _main(lazies: Sequence[Lazy], link: socket.socket, lock: int, mark: Path, init_pidfd: int) -> NoReturn:
     """A fork of the supervisor that keeps only what it needs."""
     try:
         set_name("podtree-pager")
         signal.set_wakeup_fd(-1)
         for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
-        keep = {link.fileno(), lock, *(fd for lazy in lazies for fd in (lazy.uffd, lazy.page_fd))}
+        keep = {link.fileno(), lock, init_pidfd}
+        keep.update(fd for lazy in lazies for fd in (lazy.uffd, *lazy.pages.descriptors))
         lowest = 3
         for fd in sorted(keep):
             if fd > lowest:
@@ -243,11 +272,23 @@ def _main(lazies: Sequence[Lazy], link: socket.socket, lock: int, mark: Path) ->
         syscall(NR.close_range, lowest, 0xFFFFFFFF, 0)
         Pager(lazies).run(link.fileno(), lambda: os.unlink(mark))
         os._exit(0)
-    except BaseException:
+    except BaseException as error:
         import traceback
 
         traceback.print_exc()
+        with contextlib.suppress(OSError):
+            os.write(lock, (str(error) or type(error).__name__).encode(errors="replace"))
+            _give_up(link, init_pidfd)
         os._exit(1)
+
+
+def _give_up(link: socket.socket, init_pidfd: int) -> None:
+    """Have the pod ended: by its supervisor, unless that waits for a task that waits for us (in a restore)."""
+    link.shutdown(socket.SHUT_WR)
+    poll = select.poll()
+    poll.register(link, select.POLLIN)
+    if not poll.poll(_HEARD_S * 1000):
+        pidfd_send_signal(init_pidfd, signal.SIGKILL)
 
 
 class _Gone(Exception):
@@ -257,9 +298,9 @@ class _Gone(Exception):
 class _Space:
     """One address space: the original's, or that of a child which it has forked since."""
 
-    def __init__(self, uffd: int, page_fd: int, missing: Missing) -> None:
+    def __init__(self, uffd: int, pages: SavedPages, missing: Missing) -> None:
         self.uffd = uffd
-        self.page_fd = page_fd
+        self.pages = pages
         self.missing = missing
         self.again: set[int] = set()  # pages that somebody waits for and that had to wait for an event
 
@@ -268,7 +309,7 @@ class Pager:
     """Answers for missing pages, and brings in the rest when nobody asks."""
 
     def __init__(self, lazies: Sequence[Lazy]) -> None:
-        self._spaces = {lazy.uffd: _Space(lazy.uffd, lazy.page_fd, Missing(lazy.pieces)) for lazy in lazies}
+        self._spaces = {lazy.uffd: _Space(lazy.uffd, lazy.pages, Missing(lazy.pieces)) for lazy in lazies}
         self._buffer = memoryview(mmap.mmap(-1, CHUNK))
         self._address = mm.address_of(self._buffer)
         self._poll = select.poll()
@@ -320,7 +361,7 @@ class Pager:
                 self._fault(space, message.args[1] & -PAGE_SIZE)
             case Event.FORK:
                 uffd = message.args[0]
-                self._spaces[uffd] = _Space(uffd, space.page_fd, space.missing.copy())
+                self._spaces[uffd] = _Space(uffd, space.pages, space.missing.copy())
                 self._poll.register(uffd, select.POLLIN)
             case Event.REMAP:
                 space.missing.move(*message.args)
@@ -352,8 +393,7 @@ class Pager:
     def _fill(self, space: _Space, chunk: Piece) -> bool:
         """Bring in a chunk; False if an event has to be heard first: what wasn't done is to come again."""
         size = chunk.end - chunk.start
-        if os.preadv(space.page_fd, [self._buffer[:size]], chunk.start - chunk.moved) != size:
-            raise OSError(errno.EIO, f"the page file ends before {chunk.start - chunk.moved:#x}")
+        space.pages.read((chunk.start - chunk.moved) // PAGE_SIZE, self._buffer[:size])
         at, step = chunk.start, size
         while at < chunk.end:
             length = min(step, chunk.end - at)

@@ -18,6 +18,7 @@ import msgspec
 
 from podtree.errors import RestoreFailed
 from podtree.image import manifest as manifest_file
+from podtree.image import verify
 from podtree.image.manifest import Manifest
 from podtree.kernel import procfs, ptrace, userfaultfd
 from podtree.kernel.namespaces import Clone, clone_python, setns
@@ -36,6 +37,7 @@ from podtree.pod.spec import PodSpec
 from podtree.restore import arena, pager, plan
 from podtree.restore.arena import Body
 from podtree.restore.late import LateFiles
+from podtree.restore.pagecheck import PageCheck
 from podtree.restore.pager import Filling
 from podtree.restore.process import ProcessRestorer, Shared
 from podtree.restore.tree import Tree
@@ -74,31 +76,35 @@ class _Layout:
         self.arena = self.stem + arena.SIZE
         highest = max((f.fd for p in manifest.processes for f in p.fds), default=0)
         self.slot_base = slot_base(highest)
-        self.page_names = sorted({p.memory.pages for p in manifest.processes})
-        for name in self.page_names:
-            if not name.isdigit():
-                raise RestoreFailed(f"the image names a page file {name!r}")
+        self.page_names = verify.page_files(manifest)
 
 
-def restore_pod(pod_id: str, spec: PodSpec, dirs: PodDirs, cgroup: Cgroup, bounds: Bounds) -> LivePod:
+def restore_pod(
+    pod_id: str, spec: PodSpec, dirs: PodDirs, cgroup: Cgroup, bounds: Bounds, *, verified: bool = False
+) -> LivePod:
     """Bring the processes of `dirs.img` back to life over the volume `dirs.vol`, none of them beyond `bounds`.
 
-    The caller is the parent of the pod's first process. Raises RestoreFailed, Damaged or Unsupported; nothing
-    is left running then.
+    `verified`: the image was looked at by `restore.verify` just now. The caller is the parent of the pod's first
+    process. Raises RestoreFailed, Damaged or Unsupported; nothing is left running then.
     """
     try:
-        return _restore_pod(pod_id, spec, dirs, cgroup, bounds)
+        return _restore_pod(pod_id, spec, dirs, cgroup, bounds, verified)
     except BaseException as error:
         raise explained(error) from error
 
 
-def _restore_pod(pod_id: str, spec: PodSpec, dirs: PodDirs, cgroup: Cgroup, bounds: Bounds) -> LivePod:
+def _restore_pod(
+    pod_id: str, spec: PodSpec, dirs: PodDirs, cgroup: Cgroup, bounds: Bounds, verified: bool
+) -> LivePod:
     image_fd = os.open(dirs.img, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     stem_fd = -1
+    check: PageCheck | None = None
     try:
         manifest = manifest_file.load(image_fd)
         check_machine(manifest)
         manifest = confine(manifest, bounds)
+        if not verified:
+            check = PageCheck(image_fd, manifest)
         steps = plan.plan_tree([p.place for p in manifest.processes] + [z.place for z in manifest.zombies])
         layout = _Layout(manifest)
         stem_fd = _stem_file(layout.stem)
@@ -118,10 +124,16 @@ def _restore_pod(pod_id: str, spec: PodSpec, dirs: PodDirs, cgroup: Cgroup, boun
             restorers, roots = _grow(
                 manifest, steps, layout, launched, made, image_fd, stem_fd, family, clock, dirs.run, fillings
             )
-        except BaseException:
+            if check is not None:
+                check.finish()
+        except BaseException as error:
             _end(launched, family)
+            failure = None
             for filling in fillings:
+                failure = filling.failure()
                 filling.abandon()
+            if failure is not None:
+                raise failure from error
             raise
         live = LivePod(
             pod_id=pod_id,
@@ -141,6 +153,8 @@ def _restore_pod(pod_id: str, spec: PodSpec, dirs: PodDirs, cgroup: Cgroup, boun
             restorer.go()
         return live
     finally:
+        if check is not None:
+            check.close()
         os.close(image_fd)
         if stem_fd >= 0:
             os.close(stem_fd)
@@ -324,7 +338,8 @@ def _bring_back(
     tree.take_terminals(places)
     for restorer in restorers:
         restorer.map_memory()
-    filling = pager.start([r.later for r in restorers if r.later], run)  # before a script touches what is missing
+    later = [r.later for r in restorers if r.later]
+    filling = pager.start(later, run, launched.init_pidfd)  # before a script touches what is missing
     if filling:
         fillings.append(filling)
     for restorer in restorers:

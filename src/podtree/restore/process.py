@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from podtree.errors import RestoreFailed
 from podtree.image.pages import Run, load_map
+from podtree.image.verify import SavedPages
 from podtree.kernel import fdops, mm, mqueue, procfs, ptrace, userfaultfd
 from podtree.kernel.pidfd import pidfd_getfd, pidfd_open
 from podtree.kernel.sys import NR, PAGE_SIZE
@@ -114,8 +115,7 @@ class ProcessRestorer:
         userfaultfd.enable_missing(uffd)
         for vma in vmas:
             userfaultfd.register_missing(uffd, vma.start, vma.end)
-        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
-        return Lazy(uffd, os.open(f"mem/{self.process.memory.pages}", flags, dir_fd=self.shared.image_dir_fd), pieces)
+        return Lazy(uffd, SavedPages(self.shared.image_dir_fd, f"mem/{self.process.memory.pages}"), pieces)
 
     def _attach(self, parts: list[Vma]) -> None:
         """System V shared memory."""
