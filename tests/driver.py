@@ -134,6 +134,10 @@ class Podtree:
         except ValueError as error:
             raise CommandFailed(f"not JSON ({error}):\n{done}") from None
 
+    def json_of(self, *args: str | Path, code: int) -> Any:
+        """The one object that `podtree ARGS` prints when it ends with `code`; `--json` is among the words."""
+        return json.loads(self(*args, code=code).out)
+
     # ---- pods
 
     def new_name(self, stem: str) -> str:

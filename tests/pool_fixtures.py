@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import struct
@@ -14,6 +15,8 @@ from typing import Any
 import pytest
 import xxhash
 
+from podtree.image import manifest
+from podtree.objects.sysvipc import IpcState
 from podtree.pool import CheckpointRecord, PodRecord, Pool, faults
 
 MIB = 1 << 20
@@ -56,14 +59,23 @@ def page_file(path: Path, pages: dict[int, bytes]) -> None:
     Path(f"{path}.map").write_bytes(hashlib.blake2b(runs, digest_size=32).digest() + runs)
 
 
+def empty_manifest(hostname: str, spec: dict[str, Any]) -> manifest.Manifest:
+    """Of a pod without a single process."""
+    return manifest.Manifest(
+        machine="x86_64", kernel="6.18", vdso="", xstate_size=0, hostname=hostname, domainname="",
+        clock=manifest.Clock(0, 0, 0), spec=json.dumps(spec).encode(), stdio=(), processes=(), zombies=(),
+        last_pid=1, files=(), ipc=IpcState(), tmpfs=(),
+    )  # fmt: skip
+
+
 def fill(pool: Pool, pod: PodRecord, text: str) -> None:
     """Give the pod a file and an image that are `text` throughout."""
     word = (text.encode() or b"-") * (2 * PAGE)
     (pool.vol_dir(pod.id) / "upper" / "file").write_bytes(word)
     image = pool.img_dir(pod.id)
-    payload = b"\xc4\xff" + word[:255]  # MessagePack bin 8
-    digest = hashlib.blake2b(payload, digest_size=32).digest()
-    (image / "manifest").write_bytes(b"PODTREE\x01" + digest + payload)
+    image_fd = os.open(image, os.O_RDONLY | os.O_DIRECTORY)
+    manifest.save(empty_manifest(text, pod.spec), image_fd)
+    os.close(image_fd)
     for name, first in (("mem/1", 0x7F0000000), ("shm/1", 0)):
         page_file(image / name, {first + index: word[index : index + PAGE] for index in range(3)})
 

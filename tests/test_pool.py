@@ -160,6 +160,38 @@ def test_rewind_with_an_overlay_mounted_on_the_old_volume(pool: Pool, pool_home:
         subprocess.run(["umount", str(merged)], check=True)
 
 
+def test_a_checkpoint_may_be_discarded_while_a_pod_is_rewound_to_it(pool: Pool) -> None:
+    web = pool.create_pod("web", {})
+    one, two, _three = (take(pool, web, text) for text in "abc")
+    with pool.begin_reset(web.id, two.id) as reset:
+        pool.discard(two)
+        reset.commit()
+    assert content(pool, pool.pod_dir(web.id))[0] == "b"
+    assert pool.pod("web").head == one.id
+    with pool.begin_reset(web.id, one.id) as reset:
+        pass
+    assert content(pool, pool.pod_dir(web.id))[0] == "b" and os.listdir(pool.root / "drafts") == []
+
+
+def test_a_pods_past_is_where_it_can_be_rewound_to(pool: Pool) -> None:
+    """Its own checkpoints, and its origin's up to where it was branched; not what came later there, nor others'."""
+    web = pool.create_pod("web", {})
+    one, two, three = (take(pool, web, text) for text in "abc")
+    branch = pool.clone_pod(two.id, "try1")
+    own = take(pool, branch, "d")
+    deep = pool.clone_pod(own.id, "try2")
+    for record in (one, two, own):
+        pool.reset_pod(deep.id, record.id)
+        assert content(pool, pool.pod_dir(deep.id))[0] == record.message
+        assert pool.pod("try2").head == record.id
+    for pod, record in ((deep, three), (branch, three), (web, own)):
+        with pytest.raises(UsageError, match="no checkpoint of pod"):
+            pool.reset_pod(pod.id, record.id)
+    stranger = pool.create_pod("other", {})
+    with pytest.raises(UsageError):
+        pool.reset_pod(stranger.id, one.id)
+
+
 def test_states_and_the_pid_of_a_running_pod(pool: Pool) -> None:
     web = pool.create_pod("web", {})
     running = pool.set_pod_state(web.id, PodState.RUNNING, init_pid=os.getpid())

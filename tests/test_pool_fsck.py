@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,10 +14,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from podtree.errors import Conflict, Damaged, PodtreeError
 from podtree.kernel import btrfs
-from podtree.pool import CheckpointRecord, Pool
+from podtree.pool import CheckpointRecord, PodState, Pool
 from podtree.pool.fsck import Damage, fsck
+from podtree.pool.rebuild import rebuild
 from podtree.pool.verify import verify_manifest, verify_pages
+from podtree.pool.view import checkpoint_line
 from pool_fixtures import PAGE, page_file, pool, pool_home, take  # noqa: F401
 
 # ruff: noqa: F811
@@ -137,8 +142,9 @@ def test_a_flipped_byte_on_the_disk(pool: Pool, pool_home: Path) -> None:
         image.seek(at + 5)
         image.write(bytes([needle[5] ^ 0x10]))
     with Pool.open(pool_home) as again:
-        (found,) = damage(again, record)
-        assert (found.file, found.what) == ("vol/upper/precious", "Input/output error")
+        found = fsck(again).damage
+        assert {(item.file, item.what) for item in found} == {("vol/upper/precious", "Input/output error")}
+        assert [item.where for item in found] == [f"pod {web.id}", record.id]
 
 
 def find(fd: int, needle: bytes) -> int:
@@ -170,20 +176,102 @@ def test_the_index_and_the_disk(pool: Pool) -> None:
     assert [item.where for item in fsck(pool).damage] == ["index"]
 
 
-@pytest.mark.parametrize("content", [b"", b"not a database" * 1000, None])
-def test_a_damaged_index(pool: Pool, pool_home: Path, content: bytes | None) -> None:
-    one(pool)
+@pytest.mark.parametrize("content", [b"", b"not a database" * 1000, "scribbled", "missing"])
+def test_a_damaged_index(pool: Pool, pool_home: Path, content: bytes | str) -> None:
+    """It is said, the checkpoints are verified all the same, and nothing is taken for garbage."""
+    record, _ = one(pool)
     pool.close()
     path = pool.root / "index.sqlite"
-    if content is None:
+    if content == "scribbled":
         data = bytearray(path.read_bytes())
         for at in range(4096 * 2, len(data), 512):
             data[at : at + 64] = b"\xa5" * 64
-        content = bytes(data)
-    path.write_bytes(content)
+        path.write_bytes(data)
+    elif isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        path.unlink()
+    with writable(pool.checkpoint_dir(record.id) / "img"):
+        flip(pool.checkpoint_dir(record.id) / "img/shm/1", 0)
     with Pool.open(pool_home) as again:
         report = fsck(again)
-    assert report.damage or report.garbage
+        with pytest.raises(Damaged):
+            again.gc()
+    assert "index" in {item.where for item in report.damage} and report.garbage == ()
+    assert (record.id, "img/shm/1") in {(item.where, item.file) for item in report.damage}
+    assert report.checkpoints == 2
+
+
+def test_any_flipped_bit_of_the_index(pool: Pool, pool_home: Path) -> None:
+    """No word of a traceback, whatever a bit makes of a row; and never a checkpoint less."""
+    web = pool.create_pod("web", {"argv": ["x"]})
+    records = [take(pool, web, text) for text in "abc"]
+    pool.tag("gold", records[0].id)
+    pool.set_pod_state(web.id, PodState.EXITED, exit_code=3)
+    pool.close()
+    path = pool.root / "index.sqlite"
+    sound = path.read_bytes()
+    random.seed(4)
+    used = [at for at in range(len(sound)) if sound[at]]
+    for at in random.sample(used, 150):
+        path.write_bytes(sound[:at] + bytes([sound[at] ^ 1 << random.randrange(8)]) + sound[at + 1 :])
+        with Pool.open(pool_home) as again, contextlib.suppress(PodtreeError):
+            fsck(again)
+            again.pods(removed=True)
+            again.resolve("web@2")
+            checkpoint_line(again.resolve("gold"))
+    path.write_bytes(sound)
+
+
+def test_an_index_made_again(pool: Pool, pool_home: Path) -> None:
+    """Pods, checkpoints, their order and their states are what they were; tags and names while they can be read."""
+    web = pool.create_pod("web", {"argv": ["x"]})
+    one, two = take(pool, web, "a"), take(pool, web, "b")
+    branch = pool.clone_pod(one.id, "try1")
+    three = take(pool, branch, "c")
+    pool.reset_pod(web.id, one.id)
+    gone = pool.clone_pod(two.id, "gone")
+    kept = take(pool, gone, "d")
+    pool.clone_pod(kept.id, "leaf")
+    pool.remove_pod(gone.id)
+    with pytest.raises(Conflict):
+        rebuild(pool)
+    pool.tag("gold", two.id)
+    before = {record.id: record for record in pool.checkpoints()}
+    for lost in (False, True):
+        with open(pool.index.path, "r+b") as file:
+            file.truncate(0) if lost else file.seek(100)
+            file.write(b"" if lost else b"\x55")  # the type of the first page
+        pool.close()
+        with pytest.raises(Damaged):
+            pool.pods()
+        done = rebuild(pool)
+        assert (done.pods, done.checkpoints, done.unreadable) == (3, 4, ())
+        found = {record.id: record for record in pool.checkpoints()}
+        for record in found.values():
+            old = before[record.id]
+            assert (record.ref, record.parent, record.time_ns, record.message) == (
+                old.ref, old.parent, old.time_ns, old.message,
+            )  # fmt: skip
+        assert pool.pod(web.id).head == one.id and pool.pod(branch.id).head == three.id
+        assert pool.pod(branch.id).parent == one.id and pool.pod(web.id).parent is None
+        assert pool.pod("web").id == web.id and pool.pod("try1").spec == {"argv": ["x"]}
+        assert fsck(pool).damage == () and fsck(pool).garbage == ()
+        assert take(pool, pool.pod("web"), "e").number == 3
+        pool.discard(pool.resolve("web@latest"))
+    assert pool.resolve("gone@1").id == kept.id
+
+
+def test_an_index_made_again_by_another_process(pool: Pool, pool_home: Path) -> None:
+    """Whoever has the old one open, as a running pod's supervisor has, goes on with the new one."""
+    web = pool.create_pod("web", {"argv": ["x"]})
+    first = take(pool, web, "a")
+    os.unlink(pool.index.path)
+    other = Pool.open(pool_home)
+    rebuild(other)
+    second = take(pool, web, "b")
+    assert [record.id for record in other.checkpoints()] == [first.id, second.id]
+    other.close()
 
 
 def test_meta_json_of_another_checkpoint(pool: Pool) -> None:
@@ -193,6 +281,38 @@ def test_meta_json_of_another_checkpoint(pool: Pool) -> None:
     assert [item.file for item in damage(pool, record)] == ["meta.json"]
     target.write_text(json.dumps({"version": 1, "id": 5}))
     assert [item.file for item in damage(pool, record)] == ["meta.json"]
+
+
+def test_any_flipped_bit_of_meta_json(pool: Pool) -> None:
+    record, _ = one(pool)
+    path = pool.checkpoint_dir(record.id) / "meta.json"
+    sound = path.read_bytes()
+    random.seed(5)
+    for at in random.sample(range(len(sound)), 100):
+        path.write_bytes(sound[:at] + bytes([sound[at] ^ 1 << random.randrange(8)]) + sound[at + 1 :])
+        assert [item.file for item in damage(pool, record)] == ["meta.json"], at
+        with pytest.raises(Damaged):
+            pool.clone_pod(record.id, None)
+
+
+def test_a_volume_that_was_tampered_with(pool: Pool) -> None:
+    """Of its files we keep no checksums, but the file system knows when it was last changed."""
+    record, other = one(pool)
+    for number, work in enumerate((lambda path: path.unlink(), lambda path: flip(path, 0))):
+        top = pool.checkpoint_dir((record, other)[number].id) / "vol"
+        with writable(top):
+            work(top / "upper/file")
+    found = {item.where: (item.file, item.what) for item in fsck(pool).damage}
+    assert found == dict.fromkeys((record.id, other.id), ("vol", "has been changed since it was made"))
+
+
+def test_a_pods_own_files(pool: Pool) -> None:
+    web = pool.create_pod("web", {"argv": ["x"]})
+    path = pool.pod_dir(web.id) / "spec.json"
+    path.write_text(path.read_text().replace("x", "y"))
+    assert [(item.where, item.file) for item in fsck(pool).damage] == [(f"pod {web.id}", "spec.json")]
+    path.unlink()
+    assert [(item.where, item.file) for item in fsck(pool).damage] == [(f"pod {web.id}", "spec.json")]
 
 
 def test_only_some_checkpoints(pool: Pool) -> None:

@@ -78,6 +78,25 @@ def test_flush_changes_nothing_and_leaves_nothing(volumes: VolumeBackend, place:
     assert sorted(os.listdir(place)) == before
 
 
+def test_a_snapshot_that_was_tampered_with_is_known(place: Path) -> None:
+    """Also when it is immutable again; being cloned, or made writable and left alone, is no change."""
+    volumes = BtrfsVolumes(str(place))
+    volumes.create(str(place / "v"))
+    (place / "v/file").write_text("before")
+    volumes.snapshot(str(place / "v"), str(place / "s"))
+    (place / "v/file").write_text("after")
+    volumes.clone(str(place / "s"), str(place / "clone"))
+    btrfs.set_readonly(str(place / "s"), False)
+    btrfs.set_readonly(str(place / "s"), True)
+    volumes.write_out()
+    assert not volumes.was_changed(str(place / "s"))
+    btrfs.set_readonly(str(place / "s"), False)
+    (place / "s/file").write_text("BEFORE")
+    btrfs.set_readonly(str(place / "s"), True)
+    volumes.write_out()
+    assert volumes.was_changed(str(place / "s"))
+
+
 def test_destroy_removes_volumes_and_snapshots_and_frees_their_space(volumes: VolumeBackend, place: Path) -> None:
     volumes.create(str(place / "v"))
     (place / "v/file").write_bytes(os.urandom(16 * MIB))

@@ -22,6 +22,7 @@ def command(as_json: bool) -> None:
     probes = examine()
     if as_json:
         common.print_json(probes)
+        sys.exit(Unsupported.exit_code if any(probe.needed and not probe.ok for probe in probes) else 0)
     else:
         width = max(len(probe.name) for probe in probes)
         for probe in probes:

@@ -22,6 +22,7 @@ def command(refs: tuple[str, ...], quiet: bool, as_json: bool) -> None:
 
     Says what is damaged: checkpoint, file, page. Repairs nothing. Exit status 6 if anything is.
     """
+    from podtree.image.verify import problems
     from podtree.pool.fsck import fsck
 
     show = sys.stderr.isatty() and not quiet and not as_json
@@ -32,17 +33,17 @@ def command(refs: tuple[str, ...], quiet: bool, as_json: bool) -> None:
 
     with Pool.open() as pool:
         only = [pool.resolve(ref) for ref in refs] or None
-        report = fsck(pool, only, progress)
+        report = fsck(pool, only, progress, problems)
     if show:
         click.echo("\r\x1b[K", err=True, nl=False)
     if as_json:
         common.print_json(report)
-    else:
-        for damage in report.damage:
-            click.echo(printable(str(damage)))
-        for garbage in report.garbage:
-            click.echo(f"leftover, podtree gc removes it: {garbage}")
-        click.echo(f"{report.checkpoints} checkpoints, {report.files} files, {size(report.bytes)} verified")
+        sys.exit(Damaged.exit_code if report.damage else 0)
+    for damage in report.damage:
+        click.echo(printable(str(damage)))
+    for garbage in report.garbage:
+        click.echo(f"leftover, podtree gc removes it: {garbage}")
+    click.echo(f"{report.checkpoints} checkpoints, {report.files} files, {size(report.bytes)} verified")
     if report.damage:
         where = {damage.where for damage in report.damage}
-        raise Damaged(f"{len(report.damage)} damages, in {', '.join(sorted(where))}")
+        raise Damaged(f"damaged: {', '.join(sorted(where))}")

@@ -37,7 +37,7 @@ _VERBS = {
     "gc": "Free what nothing refers to.",
     "fsck": "Verify everything that is kept.",
     "doctor": "Tell what this machine can do.",
-    "pool": "Show the pool, grow it, unmount it.",
+    "pool": "Show the pool, unmount it, make its index again.",
 }
 _ALIASES = {"fork": "branch"}
 _MODULES = {"exec": "exec_"}

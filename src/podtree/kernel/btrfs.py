@@ -34,6 +34,8 @@ _VOL_ARGS_V2 = struct.Struct("=qQQ32x4040s")  # struct btrfs_ioctl_vol_args_v2
 _SEARCH_KEY = struct.Struct("=7Q4I4Q")  # struct btrfs_ioctl_search_key
 _SEARCH_HEADER = struct.Struct("=QQQII")  # struct btrfs_ioctl_search_header
 
+_SUBVOL_INFO_CTRANSID = 8 + 256 + 4 * 8 + 3 * 16  # in struct btrfs_ioctl_get_subvol_info_args; otransid is next
+
 SUBVOL_RDONLY = 1 << 1
 
 IOC_RESIZE = _ioc(_WRITE, 3, _VOL_ARGS.size)
@@ -44,6 +46,7 @@ IOC_SNAP_CREATE_V2 = _ioc(_WRITE, 23, _VOL_ARGS_V2.size)
 IOC_SUBVOL_CREATE_V2 = _ioc(_WRITE, 24, _VOL_ARGS_V2.size)
 IOC_SUBVOL_GETFLAGS = _ioc(_READ, 25, 8)
 IOC_SUBVOL_SETFLAGS = _ioc(_WRITE, 26, 8)
+IOC_GET_SUBVOL_INFO = _ioc(_READ, 60, 504)
 FS_IOC_GETFSLABEL = _ioc(_READ, 49, 256)  # linux/fs.h
 FS_IOC_SETFSLABEL = _ioc(_WRITE, 50, 256)
 
@@ -136,6 +139,18 @@ def is_readonly(path: str) -> bool:
     with _opened(path) as fd:
         raw = _ioctl(fd, IOC_SUBVOL_GETFLAGS, bytes(8), "read subvolume flags", path)
     return bool(struct.unpack("=Q", raw)[0] & SUBVOL_RDONLY)
+
+
+def was_changed(path: str) -> bool:
+    """Whether anything in the subvolume was changed since it was made as a snapshot (BTRFS_IOC_GET_SUBVOL_INFO).
+
+    Every change of an inode notes its transaction in the root item (fs/btrfs/root-tree.c, btrfs_update_root_times),
+    that of its data when they are written out. Its being read-only or not is no change, nor is a snapshot made of it.
+    """
+    with _opened(path) as fd:
+        raw = _ioctl(fd, IOC_GET_SUBVOL_INFO, bytes(504), "read subvolume information", path)
+    changed, made = struct.unpack_from("=QQ", raw, _SUBVOL_INFO_CTRANSID)
+    return bool(changed > made)
 
 
 def set_readonly(path: str, readonly: bool) -> None:

@@ -24,7 +24,7 @@ from podtree.pod.nursery import Start
 from podtree.pod.spec import PodSpec, StdioMode
 from podtree.pool import refs
 from podtree.pool.pool import Pool
-from podtree.pool.records import CheckpointRecord, PodRecord
+from podtree.pool.records import CheckpointRecord, PodRecord, PodState
 from podtree.recorder.settings import Settings
 
 _ATTEMPTS = 100  # others may be quicker with the same invented name
@@ -366,6 +366,18 @@ def rewind(pool: Pool, pod: PodRecord, checkpoint: CheckpointRecord, *, spawn: b
     client, result = start(pool, pod, restore=True, spawn=spawn)
     client.close()
     return {**result, "ready_ms": round((time.monotonic() - begun) * 1e3, 3)}
+
+
+def find_running(pool: Pool) -> list[str]:
+    """Tell an index that was made again which pods run: their supervisors answer. Returns the names."""
+    found = []
+    for pod in pool.pods():
+        run = dirs_of(pool, pod.id).run
+        with contextlib.suppress(OSError, PodtreeError), Client(nursery.connect(run, CONTROL)) as client:
+            status = client.call("status")
+            pool.set_pod_state(pod.id, PodState.RUNNING, init_pid=status["pid"], monitor_pid=status["supervisor"])
+            found.append(pod.name)
+    return found
 
 
 def stop(pool: Pool, pod: PodRecord, timeout_s: float | None = 10, number: int = signal.SIGTERM) -> int:

@@ -16,7 +16,7 @@ from podtree.pool.store import DraftDirectory
 if TYPE_CHECKING:
     from podtree.pool.pool import Pool
 
-META_VERSION = 1
+META_VERSION = 2
 
 
 class Draft:
@@ -97,6 +97,11 @@ class Draft:
         self._open = False
         self._directory.close()
         self._release()
+
+    def release_pod(self) -> None:
+        """Let others work on the pod. The draft is only to be looked at from here on, and then aborted."""
+        self._release()
+        self._release = lambda: None
 
     def abort(self) -> None:
         """Leave nothing behind. Does nothing after commit or abort."""

@@ -7,16 +7,21 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from podtree.errors import PodtreeError
+from podtree.kernel.below import open_below, walk
 from podtree.pool import verify
 from podtree.pool.pool import Pool
-from podtree.pool.records import CheckpointRecord
+from podtree.pool.records import CheckpointId, CheckpointMeta, CheckpointRecord, PodRecord
 from podtree.pool.store import PARTS
+
+#: Looks at an image with its pod's spec at hand, as only who knows what is in a manifest can: (file, what is wrong).
+Examine = Callable[[Path, dict[str, Any]], Iterable[tuple[str, str]]]
 
 
 class Damage(msgspec.Struct, frozen=True, kw_only=True):
@@ -51,28 +56,29 @@ def fsck(
     pool: Pool,
     only: list[CheckpointRecord] | None = None,
     progress: Callable[[CheckpointRecord], None] | None = None,
+    examine: Examine = lambda _image, _spec: (),
 ) -> FsckReport:
     """Verify the whole pool, or just the given checkpoints. `progress` is called before each one."""
     damage: list[Damage] = []
     garbage: list[str] = []
     tally = _Tally()
-    if only is None:
+    pool.store.volumes.write_out()
+    checkpoints = only
+    if checkpoints is None:
         damage += [Damage(where="index", what=text) for text in pool.index.check()]
-    try:
-        checkpoints = pool.checkpoints() if only is None else only
-        if only is None:
-            damage += _check_pods(pool)
-            garbage += [f"{path.parent.name}/{path.name}" for path in pool.strays()]
-            garbage += [f"drafts/{path.name}" for path in pool.store.strays(pool.store.drafts, set())]
-            garbage += [f"trash/{entry.name}" for entry in os.scandir(pool.store.trash)]
-    except (PodtreeError, OSError, ValueError) as error:
-        damage.append(Damage(where="index", what=str(error)))
-        checkpoints = []
+        checkpoints = _all(pool, damage)
+        if not damage:
+            damage += _check_pods(pool, tally)
+            garbage += _leftovers(pool)
     for record in checkpoints:
         if progress is not None:
             progress(record)
-        for file, what in _check_checkpoint(pool, record, tally):
-            damage.append(Damage(where=record.id, ref=record.ref, file=file, what=what))
+        found = [
+            Damage(where=record.id, ref=record.ref, file=file, what=what)
+            for file, what in _check_checkpoint(pool, record, tally, examine)
+        ]
+        if found and not _was_removed(pool, record):
+            damage += found
     return FsckReport(
         checkpoints=len(checkpoints),
         files=tally.files,
@@ -82,79 +88,142 @@ def fsck(
     )
 
 
-def _check_pods(pool: Pool) -> Iterator[Damage]:
+def _all(pool: Pool, damage: list[Damage]) -> list[CheckpointRecord]:
+    """All checkpoints of the index; where that can't be read, those on the disk that say themselves what they are."""
+    try:
+        pool.pods(removed=True)
+        return pool.checkpoints()
+    except PodtreeError as error:
+        damage.append(Damage(where="index", what=error.message))
+    found = []
+    for name in sorted(os.listdir(pool.store.ckpts)):
+        try:
+            found.append(_as_record(pool.store.meta(CheckpointId(name))))
+        except (OSError, ValueError) as error:
+            damage.append(Damage(where=name, file="meta.json", what=f"can't be read: {error}"))
+    return found
+
+
+def _as_record(meta: CheckpointMeta) -> CheckpointRecord:
+    return CheckpointRecord(
+        id=meta.id, pod=meta.pod, pod_name=meta.pod_name, number=meta.number, parent=meta.parent,
+        time_ns=meta.time_ns, message=meta.message, summary=meta.summary,
+    )  # fmt: skip
+
+
+def _leftovers(pool: Pool) -> list[str]:
+    found = [f"{path.parent.name}/{path.name}" for path in pool.strays()]
+    found += [f"drafts/{path.name}" for path in pool.store.strays(pool.store.drafts, set())]
+    return found + [f"trash/{entry.name}" for entry in os.scandir(pool.store.trash)]
+
+
+def _was_removed(pool: Pool, record: CheckpointRecord) -> bool:
+    """Whether another command has removed it while we looked."""
+    try:
+        return not pool.has_checkpoint(record.id)
+    except PodtreeError:
+        return False
+
+
+# Pods
+
+
+def _check_pods(pool: Pool, tally: _Tally) -> Iterator[Damage]:
     for pod in pool.pods():
-        for part in PARTS:
-            path = pool.pod_dir(pod.id) / part
-            if not pool.store.volumes.exists(str(path)):
-                yield Damage(where=f"pod {pod.id}", ref=pod.name, file=part, what="is missing")
+        found = [
+            Damage(where=f"pod {pod.id}", ref=pod.name, file=file, what=what)
+            for file, what in _check_pod(pool, pod, tally)
+        ]
+        if found and any(now.id == pod.id for now in pool.pods()):
+            yield from found
 
 
-def _check_checkpoint(pool: Pool, record: CheckpointRecord, tally: _Tally) -> Iterator[tuple[str, str]]:
+def _check_pod(pool: Pool, pod: PodRecord, tally: _Tally) -> Iterator[tuple[str, str]]:
+    """Its processes may be at work on the files: what can be said is whether they can be read."""
+    top = pool.pod_dir(pod.id)
+    for part in PARTS:
+        if not pool.store.volumes.exists(str(top / part)):
+            yield part, "is missing"
+            continue
+        for name, what in _read_all(top / part, tally):
+            if what != os.strerror(2):  # ENOENT: it went while we looked
+                yield f"{part}/{name}", what
+    try:
+        if msgspec.json.decode((top / "spec.json").read_bytes()) != pod.spec:
+            yield "spec.json", "tells of another spec than the index"
+    except FileNotFoundError:
+        yield "spec.json", "is missing"
+    except (OSError, ValueError) as error:
+        yield "spec.json", f"can't be read: {error}"
+
+
+# Checkpoints
+
+
+def _check_checkpoint(
+    pool: Pool, record: CheckpointRecord, tally: _Tally, examine: Examine
+) -> Iterator[tuple[str, str]]:
     top = pool.checkpoint_dir(record.id)
     if not top.is_dir():
         yield "", "its directory is missing (podtree discard takes it out of the log)"
         return
-    yield from _check_meta(pool, record)
+    meta = yield from _check_meta(pool, record)
     for part in PARTS:
-        path = str(top / part)
         try:
-            if not pool.store.volumes.exists(path):
+            if not pool.store.volumes.exists(str(top / part)):
                 yield part, "is missing, or is no volume"
                 continue
-            if not pool.store.volumes.is_snapshot(path):
-                yield part, "can be written to, it may have been changed"
+            state = _tampering(pool, top / part)
         except OSError as error:
             yield part, os.strerror(error.errno or 0)
             continue
-        yield from (_check_image if part == "img" else _check_volume)(top, tally)
+        if part == "vol":
+            found = list(_read_all(top / part, tally))
+        else:
+            found = list(_check_image(top / part, meta, tally, examine))
+        yield from ((f"{part}/{name}", what) for name, what in found)
+        if state and not found:
+            yield part, state
 
 
-def _check_meta(pool: Pool, record: CheckpointRecord) -> Iterator[tuple[str, str]]:
+def _tampering(pool: Pool, part: Path) -> str:
+    """What can be said of a snapshot as a whole, where no single file tells more."""
+    if not pool.store.volumes.is_snapshot(str(part)):
+        return "can be written to, it may have been changed"
+    return "has been changed since it was made" if pool.store.volumes.was_changed(str(part)) else ""
+
+
+def _check_meta(pool: Pool, record: CheckpointRecord) -> Generator[tuple[str, str], None, CheckpointMeta | None]:
+    """What is wrong with meta.json; returns it when nothing is."""
     try:
         meta = pool.store.meta(record.id)
     except OSError as error:
         yield "meta.json", os.strerror(error.errno or 0)
-    except (msgspec.MsgspecError, ValueError) as error:
+        return None
+    except ValueError as error:
         yield "meta.json", f"can't be read: {error}"
-    else:
-        if (meta.id, meta.time_ns) != (record.id, record.time_ns):
-            yield "meta.json", "tells of another checkpoint than the index"
+        return None
+    told, indexed = ((it.id, it.time_ns, it.message, it.summary) for it in (meta, record))
+    if told != indexed:
+        yield "meta.json", "tells of another checkpoint than the index"
+        return None
+    return meta
 
 
-def _files(top: Path, tally: _Tally) -> Iterator[tuple[str, str | None]]:
-    """(path relative to `top`, what is wrong) of every regular file; an unreadable directory comes as itself."""
-    failed: list[OSError] = []
-    for directory, names, files in os.walk(top, onerror=failed.append):
-        names.sort()
-        for name in sorted(files):
-            path = os.path.join(directory, name)
-            try:
-                info = os.lstat(path)
-            except OSError as error:
-                yield os.path.relpath(path, top), os.strerror(error.errno or 0)
-                continue
-            if stat.S_ISREG(info.st_mode):
-                tally.files += 1
-                tally.bytes += info.st_blocks * 512
-                yield os.path.relpath(path, top), None
-    for unread in failed:
-        yield os.path.relpath(str(unread.filename), top), os.strerror(unread.errno or 0)
-
-
-def _check_volume(top: Path, tally: _Tally) -> Iterator[tuple[str, str]]:
-    for name, wrong in _files(top / "vol", tally):
-        for what in [wrong] if wrong else verify.read_through(top / "vol" / name):
-            yield f"vol/{name}", what
-
-
-def _check_image(top: Path, tally: _Tally) -> Iterator[tuple[str, str]]:
-    image = top / "img"
+def _check_image(
+    image: Path, meta: CheckpointMeta | None, tally: _Tally, examine: Examine
+) -> Iterator[tuple[str, str]]:
+    wrong = False
     if not (image / "manifest").is_file():
-        yield "img/manifest", "is missing"
-    for name, wrong in _files(image, tally):
-        for what in [wrong] if wrong else _check_image_file(image, name):
-            yield f"img/{name}", what
+        wrong = True
+        yield "manifest", "is missing"
+    for parts, info in _regular_files(image, tally):
+        name = "/".join(parts)
+        for what in [info] if isinstance(info, str) else _check_image_file(image, name):
+            wrong = True
+            yield name, what
+    if not wrong and meta is not None:  # or the same would be said twice
+        yield from examine(image, meta.spec)
 
 
 def _check_image_file(image: Path, name: str) -> list[str]:
@@ -166,3 +235,43 @@ def _check_image_file(image: Path, name: str) -> list[str]:
     if name.startswith(("mem/", "shm/")):
         return verify.verify_pages(image / name)
     return verify.read_through(image / name)
+
+
+# Files
+
+
+def _regular_files(top: Path, tally: _Tally) -> Iterator[tuple[tuple[str, ...], os.stat_result | str]]:
+    """(parts of its path below `top`, what it is) of every regular file, or what is wrong, also with directories."""
+    fd = os.open(top, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        for parts, info in walk(fd):
+            if isinstance(info, OSError):
+                yield parts, os.strerror(info.errno or 0)
+            elif stat.S_ISREG(info.st_mode):
+                tally.files += 1
+                tally.bytes += info.st_blocks * 512
+                yield parts, info
+    finally:
+        os.close(fd)
+
+
+def _read_all(top: Path, tally: _Tally) -> Iterator[tuple[str, str]]:
+    """Read every byte below a directory, so that the file system verifies its own checksums."""
+    fd = os.open(top, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        for parts, info in _regular_files(top, tally):
+            for what in [info] if isinstance(info, str) else _read_one(fd, parts):
+                yield "/".join(parts).encode(errors="surrogateescape").decode(errors="backslashreplace"), what
+    finally:
+        os.close(fd)
+
+
+def _read_one(top: int, parts: tuple[str, ...]) -> list[str]:
+    try:
+        fd = open_below(top, parts, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:
+        return [os.strerror(error.errno or 0)]
+    try:
+        return verify.read_descriptor(fd)
+    finally:
+        os.close(fd)

@@ -19,7 +19,7 @@ import msgspec
 from podtree.errors import Conflict, PodtreeError, Unsupported
 from podtree.kernel import btrfs, loop
 from podtree.kernel.sys import NR, syscall
-from podtree.pool import locks
+from podtree.pool import index, locks
 
 DEFAULT_HOME = "/var/lib/podtree"
 MIB = 1 << 20
@@ -118,7 +118,9 @@ def _prepare_locked(home: Path, root: Path, initial_size: int | None) -> None:
         if not _is_mounted(home):
             _mount(image, root)
     os.chmod(root, 0o700)
-    # "pods" comes last: it is the sign that the rest is there.
+    # "pods" comes last: it is the sign that the rest is there, or was: an index that is lost isn't replaced.
+    if not (root / "pods").exists():
+        index.create(str(root / "index.sqlite"))
     for name in ("ckpts", "drafts", "trash", "pods"):
         _make_directory(root / name)
     btrfs.commit_transaction(str(root))

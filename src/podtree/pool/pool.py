@@ -35,6 +35,7 @@ from podtree.pool.records import (
     PodState,
     new_id,
 )
+from podtree.pool.reset import Reset, base_token
 from podtree.pool.retention import Removed
 from podtree.pool.store import Store
 from podtree.volume.backend import VolumeBackend
@@ -149,6 +150,14 @@ class Pool:
         finally:
             self._drop_lock(pod)
 
+    def inherit_lock(self, pod: PodId, fd: int) -> None:
+        """The pod's lock was taken by the process that forked this one, which has it as `fd`; see `release_lock`."""
+        self._locks[pod] = (os.getpid(), fd, 1)
+
+    def release_lock(self, pod: PodId) -> None:
+        """Let go of a lock got by `inherit_lock`."""
+        self._drop_lock(pod)
+
     def _take_lock(self, pod: PodId, timeout: float | None) -> None:
         owner, fd, depth = self._locks.get(pod, (0, -1, 0))
         if owner != os.getpid():
@@ -232,7 +241,7 @@ class Pool:
         record = self.checkpoint(ck)
         try:
             spec = self.store.meta(ck).spec
-        except (OSError, msgspec.MsgspecError) as error:
+        except (OSError, ValueError) as error:
             raise Damaged(f"checkpoint {ck}: meta.json can't be read: {error}", "podtree fsck") from None
         count = iter(range(1, 1 << 30))
         stem = record.pod_name[:50]
@@ -247,7 +256,7 @@ class Pool:
         pod = PodId(new_id())
         directory = None if source is None else self.store.checkpoint_dir(source)
         try:
-            draft = self.store.make_pod(pod, spec, directory, _base_token(source))
+            draft = self.store.make_pod(pod, spec, directory, base_token(source))
         except FileNotFoundError as error:
             raise Damaged(f"checkpoint {source} is incomplete: {error.filename}", "podtree fsck") from None
         try:
@@ -341,23 +350,18 @@ class Pool:
                 raise Conflict(f"there is a pod {name} already") from None
         return self._pod_by_id(pod)
 
-    def reset_pod(self, pod: PodId, ck: CheckpointId) -> None:
-        """Rewind: the pod's volume and image become writable copies of the checkpoint's.
+    def begin_reset(self, pod: PodId, ck: CheckpointId) -> Reset:
+        """Start a rewind of the pod to a checkpoint of its past; see Reset.
 
-        The pod's processes must be gone. Both change by one rename: after a crash the pod has the
-        old ones or the new ones. Paths stay, open descriptors of the old ones go stale.
+        Raises NotFound, UsageError for another pod's checkpoint, Damaged, Conflict while somebody else works on it.
         """
-        with self.lock_pod(pod):
-            self.checkpoint(ck)
-            self.make_room()
-            base = _base_token(ck)
-            try:
-                self.store.reset_pod(pod, self.store.checkpoint_dir(ck), base)
-            except FileNotFoundError as error:
-                raise Damaged(f"checkpoint {ck} is incomplete: {error.filename}", "podtree fsck") from None
-            faults.point("reset:durable")
-            with self.index.transaction() as connection:
-                connection.execute("UPDATE pods SET head = ?, base = ? WHERE id = ?", (ck, base, pod))
+        self.checkpoint(ck)
+        return Reset(self, pod, ck)
+
+    def reset_pod(self, pod: PodId, ck: CheckpointId) -> None:
+        """A rewind in one go. The pod's processes must be gone."""
+        with self.begin_reset(pod, ck) as reset:
+            reset.commit()
 
     def _settle_reset(self, pod: PodId) -> None:
         """Tell the index of a rewind whose process died between the exchange and its own telling."""
@@ -629,8 +633,3 @@ def _locked(directory: Path) -> Iterator[None]:
 
 def _json(value: object) -> str:
     return json.dumps(value, separators=(",", ":"))
-
-
-def _base_token(source: CheckpointId | None) -> str:
-    """What `base` in a pod's directory says: whence, and a word that makes each rewind a different one."""
-    return "" if source is None else f"{source} {new_id()}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import hashlib
 import os
 from datetime import datetime
 from typing import Any, NewType
@@ -106,6 +107,16 @@ class CheckpointMeta(msgspec.Struct, frozen=True, kw_only=True):
     message: str
     summary: dict[str, Any]
     spec: dict[str, Any]
+    digest: str = ""
+
+    def sealed(self) -> CheckpointMeta:
+        """The same with its digest: blake2b-256, in hex digits, of the JSON of the rest, keys sorted, no spaces."""
+        plain = msgspec.json.encode(msgspec.structs.replace(self, digest=""), order="sorted")
+        return msgspec.structs.replace(self, digest=hashlib.blake2b(plain, digest_size=32).hexdigest())
+
+    def is_whole(self) -> bool:
+        """Whether it is as it was written; version 1 had no digest."""
+        return self.version == 1 or self.digest == self.sealed().digest
 
 
 def to_datetime(ns: int) -> datetime:

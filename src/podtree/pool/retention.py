@@ -113,3 +113,41 @@ def descends(connection: sqlite3.Connection, winner: PodId, origin: PodId) -> bo
             (winner, origin),
         ).fetchone()
     )
+
+
+def is_past(connection: sqlite3.Connection, pod: PodId, checkpoint: CheckpointId) -> bool:
+    """Whether the checkpoint is one of the pod's own, or one that those, or what it was branched from, descend from."""
+    return bool(
+        connection.execute(
+            """
+            WITH RECURSIVE line(id) AS (
+                SELECT parent FROM pods WHERE id = ?1 UNION SELECT head FROM pods WHERE id = ?1
+                UNION SELECT id FROM checkpoints WHERE pod = ?1
+                UNION SELECT c.parent FROM checkpoints c JOIN line l ON l.id = c.id
+            )
+            SELECT 1 FROM line WHERE id = ?2
+            """,
+            (pod, checkpoint),
+        ).fetchone()
+    )
+
+
+def line_of(connection: sqlite3.Connection, checkpoint: CheckpointId) -> list[CheckpointId]:
+    """The checkpoint, its parent, that one's parent..."""
+    line: list[CheckpointId] = []
+    at: CheckpointId | None = checkpoint
+    while at is not None:
+        row = connection.execute("SELECT parent FROM checkpoints WHERE id = ?", (at,)).fetchone()
+        if row is None:
+            break
+        line.append(at)
+        at = row[0]
+    return line
+
+
+def first_known(connection: sqlite3.Connection, line: list[CheckpointId]) -> CheckpointId | None:
+    """The first of them that is still there; None if none is."""
+    for checkpoint in line:
+        if connection.execute("SELECT 1 FROM checkpoints WHERE id = ?", (checkpoint,)).fetchone():
+            return checkpoint
+    return None

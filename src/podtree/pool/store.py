@@ -132,24 +132,31 @@ class Store:
         write_durably(path / "spec.json", msgspec.json.format(msgspec.json.encode(spec), indent=1))
         write_durably(path / "base", base.encode())
 
-    def reset_pod(self, pod: PodId, source: Path, base: str) -> None:
-        """Put clones of `source`'s volumes in place of the pod's, by one exchange of names; durable on return."""
-        here = self.pods / pod
+    def prepare_reset(self, pod: PodId, source: Path, base: str) -> DraftDirectory:
+        """Make a directory for the pod with clones of `source`'s volumes, complete and durable; see `exchange`."""
         draft = self.new_draft(new_id())
         try:
             for part in PARTS:
                 self.volumes.clone(str(source / part), str(draft.path / part))
-            for entry in os.scandir(here):
+            for entry in os.scandir(self.pods / pod):
                 if entry.is_file(follow_symlinks=False) and entry.name not in _NOT_CARRIED:
                     os.link(entry.path, draft.path / entry.name)
             write_durably(draft.path / "base", base.encode())
             self.volumes.make_durable()
             faults.point("reset:ready")
-            _exchange(draft.path, here)
-            faults.point("reset:exchanged")
-            self.volumes.make_durable()
-        finally:
+        except BaseException:
             self.drop(draft)
+            raise
+        return draft
+
+    def exchange(self, draft: DraftDirectory, pod: PodId) -> None:
+        """Put what `prepare_reset` made in the place of the pod's, by one exchange of names; durable on return.
+
+        The draft is what the pod had then, and is to be dropped.
+        """
+        _exchange(draft.path, self.pods / pod)
+        faults.point("reset:exchanged")
+        self.volumes.make_durable()
 
     def base_of(self, pod: PodId) -> str:
         """What the pod's volumes were last cloned from ('' when from nothing): see Pool.reset_pod."""
@@ -160,7 +167,7 @@ class Store:
 
     def install_checkpoint(self, draft: DraftDirectory, meta: CheckpointMeta) -> None:
         """Move a complete draft to ckpts/; durable on return, the lock is still held."""
-        write_durably(draft.path / "meta.json", msgspec.json.format(msgspec.json.encode(meta), indent=1))
+        write_durably(draft.path / "meta.json", msgspec.json.format(msgspec.json.encode(meta.sealed()), indent=1))
         faults.point("commit:meta")
         self._install(draft, self.ckpts / meta.id)
 
@@ -224,9 +231,12 @@ class Store:
                         yield Path(entry.path)
 
     def meta(self, checkpoint: CheckpointId) -> CheckpointMeta:
-        """A checkpoint's meta.json. Raises OSError, msgspec.DecodeError or msgspec.ValidationError."""
+        """A checkpoint's meta.json. Raises OSError, or ValueError when it isn't what was written."""
         raw = (self.ckpts / checkpoint / "meta.json").read_bytes()
-        return msgspec.json.decode(raw, type=CheckpointMeta)
+        meta = msgspec.json.decode(raw, type=CheckpointMeta)
+        if not meta.is_whole():
+            raise ValueError("checksum is wrong")
+        return meta
 
 
 class _lock_if_free:

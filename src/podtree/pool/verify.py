@@ -75,7 +75,7 @@ def read_map(path: str | Path) -> Ranges:
     ranges = list(struct.iter_unpack("<QQ", body))
     end = 0
     for first, count in ranges:
-        if first < end or count == 0 or first + count > 1 << 52:
+        if first < end or count == 0 or first + count > 1 << 51:
             raise ValueError(f"pages {first}+{count} overlap others, or can't be")
         end = first + count
     return ranges
@@ -155,11 +155,20 @@ def read_through(path: str | Path) -> list[str]:
     """Read all data of a regular file, so that the file system verifies its own checksums. Holes are skipped."""
     try:
         with _Opened(str(path)) as fd:
-            for start, end in _data(fd):
-                at = start
-                while at < end:
-                    at += len(os.pread(fd, min(4 << 20, end - at), at)) or end
-            return []
+            return read_descriptor(fd)
+    except OSError as error:
+        return [_why(error)]
+
+
+def read_descriptor(fd: int) -> list[str]:
+    """As `read_through`, of an open file."""
+    try:
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        for start, end in _data(fd):
+            at = start
+            while at < end:
+                at += len(os.pread(fd, min(4 << 20, end - at), at)) or end
+        return []
     except OSError as error:
         return [_why(error)]
 

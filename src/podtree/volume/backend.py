@@ -63,6 +63,15 @@ class VolumeBackend(Protocol):
     def is_snapshot(self, path: str) -> bool:
         """Whether `path` is immutable."""
 
+    def was_changed(self, path: str) -> bool:
+        """Whether a snapshot isn't any more what it was when it was made: somebody got around its immutability.
+
+        What was written since the last `write_out` may be overlooked.
+        """
+
+    def write_out(self) -> None:
+        """On return everything that was written before, in all volumes, is on stable storage."""
+
     def make_durable(self) -> None:
         """On return all creations, removals and renames done before are on stable storage."""
 

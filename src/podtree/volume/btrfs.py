@@ -61,6 +61,12 @@ class BtrfsVolumes:
     def is_snapshot(self, path: str) -> bool:
         return btrfs.is_readonly(path)
 
+    def was_changed(self, path: str) -> bool:
+        return btrfs.was_changed(path)
+
+    def write_out(self) -> None:
+        btrfs.sync(self.root)
+
     def make_durable(self) -> None:
         btrfs.commit_transaction(self.root)
 
