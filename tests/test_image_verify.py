@@ -1,4 +1,4 @@
-"""An image is compared with its checksums before anything of it runs."""
+"""An image is compared with its checksums before anything of it runs, and fsck knows which files there have to be."""
 
 from __future__ import annotations
 
@@ -58,3 +58,23 @@ def test_a_flipped_bit_is_found_before_anything_runs(
     assert damage["file"] == str(pages.relative_to(image.parent)) and damage["what"].endswith("checksum is wrong")
     pod.remove()
     until(lambda: podtree.processes() == [], "nothing of the attempts runs")
+
+
+def test_files_that_only_the_manifest_knows_of(podtree: Podtree) -> None:
+    pod = podtree.run(SYSTEM_PYTHON, "-c", PROGRAM, str(SMALL))
+    pod.wait_log("ready")
+    ref = pod.checkpoint()
+    image = podtree.home / "pool" / "ckpts" / ref / "img"
+    assert podtree("fsck").err == ""
+    with writable(image):
+        key = next(path.name for path in (image / "shm").iterdir() if not path.suffix)
+        names = [f"{stem}{suffix}" for stem in ("mem/1", f"shm/{key}") for suffix in ("", ".sum", ".map")]
+        for name in names:
+            (image / name).unlink()
+    damage = podtree.json_of("fsck", "--json", code=6)["damage"]
+    assert {(one["where"], one["file"], one["what"]) for one in damage} == {
+        (ref, f"img/{name}", "is missing") for name in names
+    }
+    assert podtree("branch", ref, code=6).err.startswith("podtree: ")
+    assert podtree("diff", ref, pod.name, code=6).err.startswith("podtree: ")
+    assert podtree("show", ref).code == 0

@@ -259,10 +259,7 @@ class Pod:
 
     def remove(self, *, force: bool = False) -> None:
         """Remove it; a running one only with `force`."""
-        record = self.record
-        if force and record.is_running:
-            control.end_pod(self.pool.store, record)
-        self.pool.store.remove_pod(self.id)
+        control.remove(self.pool.store, self.record, force=force)
 
 
 class Checkpoint:

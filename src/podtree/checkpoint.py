@@ -175,6 +175,7 @@ class Checkpointer:
         notes: dict[str, Any],
     ) -> dict[str, Any]:
         stopped_at = time.monotonic()
+        self._seen = None
         frozen = self._freeze()
         try:
             context = self._context(frozen)
@@ -248,7 +249,6 @@ class Checkpointer:
 
     def _note_seen(self, manifest: Manifest, frozen: Frozen) -> None:
         """Remember what `untouched` compares with, where every process is tracked."""
-        self._seen = None
         if all(tracker.uffd >= 0 and tracker.complete for tracker in self._trackers.values()):
             hosts = {p.pid: p.host_pid for p in frozen.processes}
             self._seen = {

@@ -5,8 +5,8 @@ from __future__ import annotations
 import click
 
 from podtree.cli import common
-from podtree.cli.rm import remove
 from podtree.cli.show import find
+from podtree.pod import control
 from podtree.pool.pool import Pool
 from podtree.pool.records import PodRecord
 
@@ -24,7 +24,7 @@ def command(refs: tuple[str, ...], as_json: bool) -> None:
     with Pool.open() as pool:
         for record in [find(pool, ref) for ref in dict.fromkeys(refs)]:
             if isinstance(record, PodRecord):
-                removed, name = remove(pool, record, force=True), record.name
+                removed, name = control.remove(pool, record, force=True), record.name
             else:
                 removed, name = pool.discard(record), record.ref
             done.append({"ref": name, "pods": list(removed.pods), "checkpoints": list(removed.checkpoints)})

@@ -5,7 +5,6 @@ from __future__ import annotations
 import click
 
 from podtree.cli import common
-from podtree.errors import UsageError
 from podtree.pod import control
 
 
@@ -14,12 +13,13 @@ from podtree.pod import control
 @click.argument("ref", metavar="POD")
 @click.argument("target", metavar="CHECKPOINT")
 def command(as_json: bool, ref: str, target: str) -> None:
-    """Put a pod back to one of its checkpoints, in place; who is attached stays attached."""
+    """Put a pod back to one of its checkpoints, in place; who is attached stays attached.
+
+    Also to one of its origin's, for a branch, up to where it was branched. A pod that has ended comes back to life.
+    """
     pool = common.open_pool()
     pod = pool.pod(ref)
     checkpoint = pool.resolve(target)
-    if checkpoint.pod != pod.id and checkpoint.id not in (pod.parent, pod.head):
-        raise UsageError(f"{target} isn't a checkpoint of pod {pod.name}", f"podtree branch {target} makes a new pod")
     result = control.rewind(pool, pod, checkpoint)
     if as_json:
         common.print_json(result)

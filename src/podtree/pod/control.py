@@ -9,13 +9,13 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
-from podtree.errors import Conflict, PodtreeError, Problem, UsageError, as_text
+from podtree.errors import Conflict, NotFound, PodtreeError, Problem, UsageError, as_text
 from podtree.pod import keeper, nursery, wire
 from podtree.pod import spec as specs
 from podtree.pod.dirs import PodDirs
@@ -25,8 +25,11 @@ from podtree.pod.spec import PodSpec, StdioMode
 from podtree.pool import refs
 from podtree.pool.pool import Pool
 from podtree.pool.records import CheckpointRecord, PodRecord, PodState
+from podtree.pool.retention import Removed
 from podtree.recorder.settings import Settings
 
+Done = TypeVar("Done")
+_CHANGES = 3  # how often another command may end or start a pod between two attempts
 _ATTEMPTS = 100  # others may be quicker with the same invented name
 _HELPERS = 3  # running pods whose keepers are asked to fork another
 
@@ -132,6 +135,7 @@ def start(
     pod: PodRecord,
     *,
     restore: bool = False,
+    rewind: str | None = None,
     attach: bool = False,
     size: tuple[int, int] | None = None,
     spawn: bool = False,
@@ -143,7 +147,7 @@ def start(
     and their descriptors then don't live on in a copy. Raises what keeps the pod from starting.
     """
     dirs = dirs_of(pool, pod.id)
-    params = Start(home=str(dirs.home), pod_id=pod.id, restore=restore, attach=attach, size=size)
+    params = Start(home=str(dirs.home), pod_id=pod.id, restore=restore, rewind=rewind, attach=attach, size=size)
     client = Client((restore and nursery.ask(params, _helpers(pool, pod))) or _start_afresh(pool, params, spawn))
     try:
         return client, client.reply()
@@ -358,14 +362,43 @@ def start_branch(
 
 
 def rewind(pool: Pool, pod: PodRecord, checkpoint: CheckpointRecord, *, spawn: bool = False) -> dict[str, Any]:
-    """Put a pod back to one of its own checkpoints; one that has ended comes back to life."""
-    if pod.is_running:
-        return call(pool, pod, "rewind", checkpoint=checkpoint.id)
+    """Put a pod back to a checkpoint of its past; one that has ended comes back to life: {pod, id, pid, ready_ms}."""
     begun = time.monotonic()
-    pool.reset_pod(pod.id, checkpoint.id)
-    client, result = start(pool, pod, restore=True, spawn=spawn)
-    client.close()
-    return {**result, "ready_ms": round((time.monotonic() - begun) * 1e3, 3)}
+
+    def attempt(now: PodRecord) -> dict[str, Any]:
+        if now.is_running:
+            return call(pool, now, "rewind", checkpoint=checkpoint.id)
+        client, result = start(pool, now, restore=True, rewind=checkpoint.id, spawn=spawn)
+        client.close()
+        return {**result, "ready_ms": round((time.monotonic() - begun) * 1e3, 3)}
+
+    return _whatever_it_becomes(pool, pod, attempt)
+
+
+def remove(pool: Pool, pod: PodRecord, *, force: bool = False) -> Removed:
+    """Remove a pod; with `force` its processes are ended first. Raises Conflict when it runs and may not end."""
+
+    def attempt(now: PodRecord) -> Removed:
+        if now.is_running and force:
+            end_pod(pool, now)
+        try:
+            return pool.remove_pod(now.id)
+        except NotFound:
+            return Removed(pods=(now.id,))  # it was run with --rm, and its supervisor was quicker
+
+    return _whatever_it_becomes(pool, pod, attempt)
+
+
+def _whatever_it_becomes(pool: Pool, pod: PodRecord, attempt: Callable[[PodRecord], Done]) -> Done:
+    """`attempt` what is done otherwise for a running pod than for an ended one; again if it changed meanwhile."""
+    for _ in range(_CHANGES):
+        try:
+            return attempt(pod)
+        except Conflict:
+            before, pod = pod, pool.pod(pod.id)
+            if before.is_running == pod.is_running:
+                raise
+    return attempt(pod)
 
 
 def find_running(pool: Pool) -> list[str]:

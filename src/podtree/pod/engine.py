@@ -15,7 +15,11 @@ from podtree.pod.live import LivePod
 from podtree.pool.records import CheckpointId, PodState
 
 if TYPE_CHECKING:
+    from podtree.pod.loop import Connection
     from podtree.pod.supervisor import Supervisor
+    from podtree.pool.draft import Draft
+    from podtree.pool.reset import Reset
+    from podtree.restore.validate import Bounds
 
 
 Lost = Callable[[RestoreFailed], None]
@@ -121,37 +125,68 @@ def checkpoint(
     return {**summary, "id": record.id, "pod": record.pod_name, "number": record.number}
 
 
-def restore(supervisor: Supervisor, group: Cgroup) -> LivePod:
+def restore(supervisor: Supervisor, group: Cgroup, *, verified: bool = False) -> LivePod:
     """Bring the pod's image to life; the supervisor becomes the parent of its first process."""
     from podtree.restore.pod import restore_pod
+
+    return restore_pod(
+        supervisor.record.id, supervisor.spec, supervisor.dirs, group, _bounds(supervisor), verified=verified
+    )
+
+
+def _bounds(supervisor: Supervisor) -> Bounds:
     from podtree.restore.validate import Bounds
 
-    bounds = Bounds(caps.mask(privileges.DEFAULT_CAPS), supervisor.filter)
-    return restore_pod(supervisor.record.id, supervisor.spec, supervisor.dirs, group, bounds)
+    return Bounds(caps.mask(privileges.DEFAULT_CAPS), supervisor.filter)
 
 
-def diff(supervisor: Supervisor, checkpoint: str, *, live_first: bool) -> dict[str, Any]:
-    """What differs between the pod as it is now and a checkpoint."""
-    import msgspec
-
-    from podtree.pod.compare import compare_live
-
+def look(supervisor: Supervisor) -> Draft:
+    """The pod as it is now, as a checkpoint that is not kept: it goes with `abort`."""
     supervisor.running()
-    result: dict[str, Any] = msgspec.to_builtins(
-        compare_live(supervisor, CheckpointId(checkpoint), live_first=live_first)
-    )
-    return result
+    draft = supervisor.pool.begin_checkpoint(supervisor.record.id)
+    try:
+        supervisor.checkpointer.get().checkpoint(draft, commit=False)
+    except BaseException:
+        draft.abort()
+        raise
+    draft.release_pod()
+    return draft
+
+
+def reset(supervisor: Supervisor, target: str) -> None:
+    """Put the volume and the image of a pod that has ended back to a checkpoint."""
+    from podtree.restore.verify import verify_image
+
+    with supervisor.pool.begin_reset(supervisor.record.id, CheckpointId(target)) as prepared:
+        verify_image(prepared.image, _bounds(supervisor))
+        prepared.commit()
 
 
 def rewind(supervisor: Supervisor, target: str) -> dict[str, Any]:
-    """End the pod's processes, put its volume and image back, and restore. Attached clients stay attached."""
+    """End the pod's processes, put its volume and image back, and restore. Attached clients stay attached.
+
+    A checkpoint that can't be brought back is refused while the pod still runs, and it runs on.
+    """
+    from podtree.restore.verify import verify_image
+
     begun = time.monotonic()
     supervisor.running()
-    supervisor.end_processes()
-    clients = supervisor.take_clients()
+    with supervisor.pool.begin_reset(supervisor.record.id, CheckpointId(target)) as prepared:
+        verify_image(prepared.image, _bounds(supervisor))
+        supervisor.end_processes()
+        clients = supervisor.take_clients()
+        _put_back(supervisor, prepared, clients)
+    supervisor.give_clients(clients)
+    ready_ms = round((time.monotonic() - begun) * 1e3, 3)
+    pid = supervisor.running().init_pid
+    name = supervisor.pool.pod(supervisor.record.id).name  # a commit may have changed it
+    return {"pod": name, "id": supervisor.record.id, "pid": pid, "ready_ms": ready_ms}
+
+
+def _put_back(supervisor: Supervisor, prepared: Reset, clients: list[Connection]) -> None:
     try:
-        supervisor.pool.reset_pod(supervisor.record.id, CheckpointId(target))
-        supervisor.install(restore(supervisor, supervisor.new_cgroup()))
+        prepared.commit()
+        supervisor.install(restore(supervisor, supervisor.new_cgroup(), verified=True))
     except Exception as error:
         for client in clients:
             client.send({"exit": 255})
@@ -159,8 +194,3 @@ def rewind(supervisor: Supervisor, target: str) -> dict[str, Any]:
         if isinstance(error, OSError):
             raise RestoreFailed(str(error)) from error
         raise
-    supervisor.give_clients(clients)
-    ready_ms = round((time.monotonic() - begun) * 1e3, 3)
-    pid = supervisor.running().init_pid
-    name = supervisor.pool.pod(supervisor.record.id).name  # a commit may have changed it
-    return {"pod": name, "id": supervisor.record.id, "pid": pid, "ready_ms": ready_ms}

@@ -18,14 +18,17 @@ from typing import Any, NoReturn
 
 import msgspec
 
+from podtree.errors import Conflict, PodtreeError
 from podtree.kernel.pidfd import pidfd_open
 from podtree.kernel.prctl import Prctl, prctl, set_name
 from podtree.pod import nursery, wire
 from podtree.pod.cgroup import Cgroup
 from podtree.pod.dirs import PodDirs
 from podtree.pod.nursery import Start
+from podtree.pool import locks
 
 CONTROL = "ctl"
+_LOCK_S = 60.0  # how long to wait for whoever works on the pod
 _SETTLED_S = 1.0  # a pod that lives longer may be branched: its keeper gets ready to help
 _QUICK_DEATHS = 5  # in a row, each within a second of its birth: then it is tried less and less often
 
@@ -49,7 +52,11 @@ def read_exit(path: Path) -> int | None:
 
 
 class Keeper:
-    """One pod's keeper. `starter`: the socket of whoever wants the pod."""
+    """One pod's keeper. `starter`: the socket of whoever wants the pod.
+
+    From its first step until the pod runs it, and then its supervisor, has the pod's lock: nobody else starts,
+    rewinds or removes the pod meanwhile. Raises Conflict when another keeper has it already.
+    """
 
     def __init__(self, start: Start, dirs: PodDirs, starter: socket.socket) -> None:
         self._start = start
@@ -58,8 +65,11 @@ class Keeper:
         self._held: dict[str, int] = {}
         self._state: dict[str, Any] = {}
         self._done = False
+        self._lock = _take_lock(dirs, _LOCK_S)
+        _refuse_second(dirs.run)
         _clear(dirs.run)
         self._listener = nursery.listen(dirs.run, CONTROL)
+        self._control = _inode(dirs.run)
         self._births = nursery.listen(dirs.run, nursery.SOCKET)
         self._warm = start.restore
         nursery.code_identity()  # of the code that this process runs, noted before anybody changes it
@@ -95,26 +105,34 @@ class Keeper:
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
                 signal.set_wakeup_fd(-1)
                 set_name("podtree-superv")
-                from podtree.pod.supervisor import Supervisor
-
-                supervisor = Supervisor(self._start, self._dirs, self._listener, theirs, self._held)
-                if self._state:
-                    supervisor.adopt(self._state)
-                else:
-                    assert self._starter is not None
-                    supervisor.begin(self._starter)
-                supervisor.run()
+                self._supervise(theirs)
                 os._exit(0)
-            except BaseException:
+            except BaseException as error:
                 import traceback
 
                 traceback.print_exc()
+                if self._starter is not None:
+                    _tell(self._starter, error)
                 os._exit(1)
         theirs.close()
         if self._starter is not None:
+            os.close(self._lock)
             self._starter.close()
             self._starter = None
         return pid, ours
+
+    def _supervise(self, channel: socket.socket) -> None:
+        """In the fork."""
+        from podtree.pod.supervisor import Supervisor
+
+        supervisor = Supervisor(self._start, self._dirs, self._listener, channel, self._held)
+        if self._state:
+            supervisor.adopt(self._state)
+        else:
+            assert self._starter is not None
+            starter, self._starter = self._starter, None
+            supervisor.begin(starter, self._lock)
+        supervisor.run()
 
     def _watch(self, supervisor: tuple[int, socket.socket]) -> None:
         """Serve one supervisor until it is dead, and everything it said is heard."""
@@ -206,6 +224,14 @@ class Keeper:
 
     def _give_up(self) -> NoReturn:
         """The first supervisor died before it had a pod: leave nothing of what it had begun."""
+        with contextlib.suppress(PodtreeError, FileNotFoundError):
+            lock = _take_lock(self._dirs, _LOCK_S)
+            if _inode(self._dirs.run) == self._control:  # or another keeper has the pod by now
+                self._clean_up()
+            os.close(lock)
+        os._exit(1)
+
+    def _clean_up(self) -> None:
         groups = self._state.get("cgroup")
         if groups is not None:
             cgroup = Cgroup(tuple(groups))
@@ -216,7 +242,6 @@ class Keeper:
             self._reap(0)
             cgroup.remove()
         remove_run_dir(self._dirs)
-        os._exit(1)
 
 
 def remove_run_dir(dirs: PodDirs) -> None:
@@ -224,6 +249,22 @@ def remove_run_dir(dirs: PodDirs) -> None:
     import shutil
 
     shutil.rmtree(dirs.run, ignore_errors=True)
+
+
+def _take_lock(dirs: PodDirs, timeout_s: float) -> int:
+    return locks.acquire(str(dirs.home / "locks" / dirs.pod.name), timeout=timeout_s, what=f"pod {dirs.pod.name}")
+
+
+def _refuse_second(run: Path) -> None:
+    """Raise Conflict when somebody keeps the pod already: two would wreck each other."""
+    with contextlib.suppress(ConnectionRefusedError, FileNotFoundError):
+        nursery.connect(run, CONTROL).close()
+        raise Conflict(f"pod {run.name} is running already")
+
+
+def _inode(run: Path) -> int:
+    """Tells this keeper's control socket from another's of the same name."""
+    return os.stat(run / CONTROL).st_ino
 
 
 def _clear(run: Path) -> None:
@@ -247,10 +288,15 @@ def keep(start: Start, dirs: PodDirs, starter: socket.socket) -> NoReturn:
         _redirect(dirs.run / "supervisor.log")
         keeper.run()
     except BaseException as error:
-        with contextlib.suppress(OSError):
-            data = msgspec.msgpack.encode(wire.encode_error(error))
-            starter.sendall(len(data).to_bytes(4, "little") + data)
+        _tell(starter, error)
         os._exit(1)
+
+
+def _tell(starter: socket.socket, error: BaseException) -> None:
+    """What kept the pod from starting."""
+    with contextlib.suppress(OSError):
+        data = msgspec.msgpack.encode(wire.encode_error(error))
+        starter.sendall(len(data).to_bytes(4, "little") + data)
 
 
 def _redirect(path: Path) -> None:

@@ -34,6 +34,7 @@ class Start(msgspec.Struct, frozen=True, kw_only=True):
     home: str
     pod_id: str
     restore: bool = False  # from the pod's image instead of starting its program
+    rewind: str | None = None  # the checkpoint that the pod is put back to before that
     attach: bool = False  # the starter stays connected to the first process's stdio
     size: tuple[int, int] | None = None  # of its terminal
 

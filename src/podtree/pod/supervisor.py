@@ -32,6 +32,7 @@ from podtree.pod.nursery import Start
 from podtree.pod.program import launch_program
 from podtree.pod.spec import PodSpec, check
 from podtree.pod.stdio import Stdio
+from podtree.pool.draft import Draft
 from podtree.pool.pool import Pool
 from podtree.pool.records import PodState
 from podtree.recorder.recorder import Recorder
@@ -42,6 +43,10 @@ _END_S = 60.0  # how long the processes of a pod may take to end, once they are 
 _TEND_S = 0.05
 _UNKNOWN = 255  # the exit code of a process of which nobody could note it
 _REPORT_S = 10.0  # from entering a pod to execve; a process of the pod may have got hold of the report pipe
+
+
+class _StillRuns(Conflict):
+    """The pod isn't this supervisor's to start."""
 
 
 class Supervisor:
@@ -74,27 +79,28 @@ class Supervisor:
         self.filter = seccomp.load(dirs.home)
         self._connections: set[Connection] = set()
         self._waiting: list[Connection] = []
+        self._looks: dict[Connection, list[Draft]] = {}
         self._serial = 0
         self._finished = False
         self._tending: Timer | None = None
 
     # ---- beginning
 
-    def begin(self, starter: socket.socket) -> None:
-        """Launch or restore the pod and tell the starter; a failure leaves nothing behind."""
+    def begin(self, starter: socket.socket, lock_fd: int) -> None:
+        """Launch or restore the pod and tell the starter; a failure leaves nothing behind.
+
+        `lock_fd` holds the pod's lock, which is let go when the index knows that the pod runs.
+        """
         begun = time.monotonic()
         client = self._connect(starter)
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self.dirs.pod / "exit.json")
+        self.pool.inherit_lock(self.record.id, lock_fd)
         try:
-            group = self.new_cgroup()
-            if self.start.restore:
-                self.install(engine.restore(self, group))
-            else:
-                self._launch(group)
+            self._start()
         except Exception as error:
             self._failed(client, error)
             return
+        finally:
+            self.pool.release_lock(self.record.id)
         assert self.live is not None
         if self.start.attach:
             self.clients.attach(client, INIT, None)
@@ -102,6 +108,23 @@ class Supervisor:
         ready_ms = (time.monotonic() - begun) * 1e3
         client.send({"ok": {"pod": self.record.name, "id": self.record.id, "pid": self.live.init_pid,
                             "ready_ms": round(ready_ms, 3)}})  # fmt: skip
+
+    def _start(self) -> None:
+        self._check_ended()
+        if self.start.rewind is not None:
+            engine.reset(self, self.start.rewind)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.dirs.pod / "exit.json")
+        group = self.new_cgroup()
+        if self.start.restore:
+            self.install(engine.restore(self, group, verified=self.start.rewind is not None))
+        else:
+            self._launch(group)
+
+    def _check_ended(self) -> None:
+        """Raise Conflict while processes of the pod are there, though nobody may keep it any more."""
+        if self.pool.pod(self.record.id).is_running:
+            raise _StillRuns(f"pod {self.record.name} is running already")
 
     def new_cgroup(self) -> Cgroup:
         """The pod's groups, known to the keeper before anything is in them.
@@ -308,6 +331,17 @@ class Supervisor:
 
     def _failed(self, client: Connection, error: Exception) -> None:
         """There is no pod: everything that was made for it goes, and the starter learns why."""
+        if not isinstance(error, _StillRuns):
+            self._remove_processes()
+            with contextlib.suppress(Exception):
+                self.pool.set_pod_state(self.record.id, PodState.EXITED, exit_code=getattr(error, "exit_code", 125))
+        keeper.remove_run_dir(self.dirs)
+        self._tell_keeper({"done": True})
+        client.send(wire.encode_error(error))
+        client.close(flush=True)
+        self._leave_when_sent()
+
+    def _remove_processes(self) -> None:
         if self.live is not None:
             with contextlib.suppress(ProcessLookupError):
                 pidfd_send_signal(self.live.init_pidfd, signal.SIGKILL)
@@ -316,13 +350,6 @@ class Supervisor:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         group.remove()
-        with contextlib.suppress(Exception):
-            self.pool.set_pod_state(self.record.id, PodState.EXITED, exit_code=getattr(error, "exit_code", 125))
-        keeper.remove_run_dir(self.dirs)
-        self._tell_keeper({"done": True})
-        client.send(wire.encode_error(error))
-        client.close(flush=True)
-        self._leave_when_sent()
 
     # ---- the loop
 
@@ -348,6 +375,9 @@ class Supervisor:
         self.clients.detach(client)
         if client in self._waiting:
             self._waiting.remove(client)
+        for draft in self._looks.pop(client, ()):
+            with contextlib.suppress(OSError):  # then the next checkpoint removes it
+                draft.abort()
 
     def _heard(self, client: Connection, message: dict[str, Any]) -> None:
         """A request, or what an attached client sends on."""
@@ -517,8 +547,11 @@ class Supervisor:
     def _do_check(self, client: Connection, message: dict[str, Any]) -> dict[str, Any]:
         return {"problems": [msgspec.to_builtins(p) for p in engine.check(self)]}
 
-    def _do_diff(self, client: Connection, message: dict[str, Any]) -> dict[str, Any]:
-        return engine.diff(self, str(message["checkpoint"]), live_first=bool(message.get("live_first")))
+    def _do_look(self, client: Connection, message: dict[str, Any]) -> dict[str, Any]:
+        """The pod as it is now, for whoever wants to compare it: it stays until the client hangs up."""
+        draft = engine.look(self)
+        self._looks.setdefault(client, []).append(draft)
+        return {"directory": str(draft.dir)}
 
     def _do_rewind(self, client: Connection, message: dict[str, Any]) -> dict[str, Any]:
         return engine.rewind(self, str(message["checkpoint"]))
@@ -618,16 +651,19 @@ class Supervisor:
             self.clients.attach(client, INIT, None)
 
     def _finish(self) -> None:
-        """The pod's story is over: note it, tell everybody, leave."""
+        """The pod's story is over: note it, tell everybody, leave.
+
+        The sockets go first: from when it is noted on, the next keeper may make its own.
+        """
         self._finished = True
         if self.recorder is not None:
             self.recorder.stop()
+        self.loop.forget(self._listener.fileno())
+        keeper.remove_run_dir(self.dirs)
         self._note_end()
         with contextlib.suppress(PodtreeError):
             if self.spec.auto_remove and not self.pool.checkpoints(self.record.id):
                 self.pool.remove_pod(self.record.id)
-        self.loop.forget(self._listener.fileno())
-        keeper.remove_run_dir(self.dirs)
         self._tell_keeper({"done": True})
         for client in self._waiting:
             client.send({"ok": {"code": self.exit_code}})
@@ -676,6 +712,6 @@ _REQUESTS: dict[str, _Request] = {
     "checkpoint": Supervisor._do_checkpoint,
     "record": Supervisor._do_record,
     "check": Supervisor._do_check,
-    "diff": Supervisor._do_diff,
+    "look": Supervisor._do_look,
     "rewind": Supervisor._do_rewind,
 }
