@@ -330,10 +330,18 @@ def written(pid: int) -> list[tuple[int, int]]:
         fd = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError as error:
         raise ProcessLookupError(error.errno, f"process {pid} has ended") from error
+    wanted = mm.PAGE_IS_WPALLOWED | mm.PAGE_IS_WRITTEN | mm.PAGE_IS_PFNZERO
+    present = mm.PAGE_IS_PRESENT | mm.PAGE_IS_SWAPPED
+    no_file = mm.PAGE_IS_FILE
     try:
-        wanted = mm.PAGE_IS_WPALLOWED | mm.PAGE_IS_WRITTEN
-        present = mm.PAGE_IS_PRESENT | mm.PAGE_IS_SWAPPED
-        regions = mm.scan_pages(fd, 0, mm.TASK_SIZE, allof=wanted, anyof=present, returned=mm.PAGE_IS_WRITTEN)
+        unprotected = mm.scan_pages(
+            fd, 0, mm.TASK_SIZE, allof=wanted, inverted=mm.PAGE_IS_PFNZERO, anyof=present, returned=mm.PAGE_IS_WRITTEN
+        )
+        regions = [  # pages of files are never protected; whether it is one is asked of these only
+            region
+            for start, end, _ in unprotected
+            for region in mm.scan_pages(fd, start, end, allof=no_file, inverted=no_file, anyof=present, returned=0)
+        ]
     finally:
         os.close(fd)
     return [(start // PAGE_SIZE, (end - start) // PAGE_SIZE) for start, end, _ in regions]
