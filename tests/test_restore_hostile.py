@@ -134,6 +134,11 @@ def ring(place: Callable[[Image], int]) -> Edit:
     return edit
 
 
+def queued(image: Image) -> list[Image]:
+    """All messages in the queues of unix sockets."""
+    return [m for f in image["files"] if f["what"]["type"] == "unix" for m in f["what"].get("queue", ())]
+
+
 def put(value: object, *path: str | int) -> Edit:
     """Sets what is at a path below process 1."""
 
@@ -189,6 +194,16 @@ MORE_PRIVILEGES: dict[str, Edit] = {
     "a page file elsewhere": put("../../../../etc/shadow", "memory", "pages"),
     "contents elsewhere": file("memory", key="../../../../etc/shadow"),
     "a ghost elsewhere": file("ghost", name="../../log"),
+    "the kernel's log": file("proc", path="/proc/kmsg"),
+    "a way out of /proc": file("proc", path="/proc/1/root/etc/shadow"),
+    "not of /proc": file("proc", path="/etc/shadow"),
+    "a setting of the kernel": lambda image: next(f for f in image["files"] if f["what"]["type"] == "proc").update(
+        flags=1, what={"type": "proc", "path": "/proc/sys/kernel/core_pattern", "kind": 0o100000}),
+    "a namespace elsewhere": file("namespace", name="../../1/root"),
+    "a descriptor of the builder's under way": lambda image: [
+        m.update(files=[-995 + i for i in range(20)]) for m in queued(image) if m.get("files")],
+    "a descriptor of the engine's under way": lambda image: [
+        m.update(files=[len(image["files"]) + 2]) for m in queued(image) if m.get("files")],
     "a listener for filters": lambda image: thread(image)["seccomp"]["filters"][0].update(flags=8),
     "strict mode instead": put({"mode": 1, "filters": []}, "threads", 0, "seccomp"),
 }  # fmt: skip
@@ -240,6 +255,13 @@ IMPOSSIBLE: dict[str, Edit] = {
     "a mapping of the kernel": put((1 << 64) - 4096, "memory", "vmas", 0, "end"),
     "a mapping of everything": lambda image: vma(image).update(start=4096, end=0x7FFFFFFFE000),
     "an empty mapping": lambda image: vma(image).update(end=vma(image)["start"]),
+    "a pidfd of nobody": file("pidfd", pid=7777),
+    "a watch of nothing": lambda image: first(image, "inotify")["watches"][0].update(file=FAR),
+    "a watch of no number": lambda image: first(image, "inotify")["watches"][0].update(wd=0),
+    "a watch of a huge number": lambda image: first(image, "inotify")["watches"][0].update(wd=1 << 40),
+    "adjustments without end": lambda image: image["ipc"].update(
+        semaphores=[{"id": 0, "key": 5, "mode": 0o600, "uid": 0, "gid": 0, "creator": [0, 0, 0, []], "values": [1],
+                     "pids": [0], "used": True}], undo=[{"pid": 1, "id": 0, "adjustments": [1 << 62]}]),
     "a ring at no mapping": ring(lambda _: 0x200000),
     "a ring over a mapping": ring(lambda image: vmas(image)[1]["start"]),
     "a ring without contents": lambda image: vma(image).update(kind="aio"),
@@ -328,6 +350,29 @@ def test_impossible(victim: Victim, what: str) -> None:
     error = victim.attempt(msgspec.msgpack.encode(image))
     assert isinstance(error, (Damaged, RestoreFailed)) or (error is None and what in ODD), error
     print(error)
+
+
+def test_files_of_proc_are_opened_with_a_pods_rights(podtree: Podtree) -> None:
+    """What many of them show depends on who opened them: no kernel addresses, no physical ones, in a branch either."""
+    script = """
+import os, time
+symbols, pages = open('/proc/kallsyms'), open('/proc/self/pagemap', 'rb', buffering=0)
+buffer = bytearray(1 << 16)
+print('READY', flush=True)
+while not os.path.exists('/tmp/go'): time.sleep(0.05)
+print(sum(int(line.split()[0], 16) != 0 for line in symbols))
+address = next(int(line.split('-')[0], 16) for line in open('/proc/self/maps') if 'heap' in line)
+pages.seek(address // 4096 * 8)
+entry = int.from_bytes(pages.read(8), 'little')
+print(entry >> 63, entry & (1 << 55) - 1)
+"""
+    pod = podtree.run(SYSTEM_PYTHON, "-c", script, name="reader")
+    pod.wait_log("READY")
+    pod.checkpoint()
+    for one in (pod, podtree.branch(f"{pod.name}@1")):
+        one.sh("touch /tmp/go")
+        one.wait()
+        assert one.logs().split() == ["READY", "0", "1", "0"]
 
 
 def test_a_chain_of_many(victim: Victim) -> None:

@@ -51,6 +51,11 @@ def events() -> None:
     libc.timerfd_settime(timer, 0, (ctypes.c_long * 4)(1000, 0, 1000, 0), None)
     kept.append(pty.openpty())
     kept.append(os.open("/dev/urandom", os.O_RDONLY))
+    kept.append(os.open("/proc/self/status", os.O_RDONLY))
+    kept.append(os.open("/proc/self/ns/net", os.O_RDONLY))
+    kept.append(os.pidfd_open(os.getpid()))
+    watcher = libc.inotify_init()
+    libc.inotify_add_watch(watcher, b"/var/tmp", 0xFFF)
     signal.setitimer(signal.ITIMER_REAL, 1000)
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
     os.kill(os.getpid(), signal.SIGUSR1)
@@ -59,6 +64,8 @@ def events() -> None:
 def sockets() -> None:
     left, right = socket.socketpair()
     left.send(b"between")
+    here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    socket.send_fds(here, [b"sent along"], [os.open("/etc/hostname", os.O_RDONLY)])
     listener = socket.socket()
     listener.bind(("127.0.0.1", 5000))
     listener.listen()
@@ -73,7 +80,7 @@ def sockets() -> None:
     udp.sendto(b"to itself", ("127.0.0.1", 5001))
     netlink = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0)
     netlink.bind((0, 0))
-    kept.extend((left, right, listener, client, server, named, udp, netlink))
+    kept.extend((left, right, here, there, listener, client, server, named, udp, netlink))
 
 
 def processes() -> None:

@@ -78,21 +78,33 @@ def clear_ambient() -> None:
     prctl(Prctl.CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL)
 
 
-def capset(effective: int, permitted: int, inheritable: int) -> None:
-    """Set the three sets of the calling thread (masks)."""
-    header = struct.pack("Ii", _VERSION_3, 0)
+HEADER = struct.pack("Ii", _VERSION_3, 0)  # struct __user_cap_header_struct: of the calling thread
+DATA_SIZE = 24  # struct __user_cap_data_struct, twice
+
+
+def pack(effective: int, permitted: int, inheritable: int) -> bytes:
+    """The three sets (masks) as capset(2) takes them."""
     low, high = 0xFFFFFFFF, 32
-    data = struct.pack(
+    return struct.pack(
         "6I",
         effective & low, permitted & low, inheritable & low,
         effective >> high, permitted >> high, inheritable >> high,
     )  # fmt: skip
-    syscall(NR.capset, header, data)
+
+
+def unpack(data: bytes) -> tuple[int, int, int]:
+    """The reverse: (effective, permitted, inheritable) masks."""
+    e0, p0, i0, e1, p1, i1 = struct.unpack("6I", data)
+    return e0 | e1 << 32, p0 | p1 << 32, i0 | i1 << 32
+
+
+def capset(effective: int, permitted: int, inheritable: int) -> None:
+    """Set the three sets of the calling thread (masks)."""
+    syscall(NR.capset, HEADER, pack(effective, permitted, inheritable))
 
 
 def capget() -> tuple[int, int, int]:
     """(effective, permitted, inheritable) masks of the calling thread."""
-    data = ctypes.create_string_buffer(24)
-    syscall(NR.capget, struct.pack("Ii", _VERSION_3, 0), data)
-    e0, p0, i0, e1, p1, i1 = struct.unpack("6I", data.raw)
-    return e0 | e1 << 32, p0 | p1 << 32, i0 | i1 << 32
+    data = ctypes.create_string_buffer(DATA_SIZE)
+    syscall(NR.capget, HEADER, data)
+    return unpack(data.raw)

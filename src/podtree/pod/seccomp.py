@@ -70,13 +70,15 @@ _AF_VSOCK = 40
 _PERSONALITIES = (0x0, 0x0008, 0x20000, 0x20008, 0xFFFFFFFF)
 _NEW_NAMESPACES = 0x7E020000  # CLONE_NEW* of clone(2), but for the time namespace that it can't ask for
 _NEWEST_KNOWN = 467  # open_tree_attr, Linux 6.15: above it ENOSYS
-_AUDIT_ARCH_X86_64 = 0xC000003E
+_AUDIT_ARCH_X86_64, _AUDIT_ARCH_I386 = 0xC000003E, 0x40000003
 _X32_BIT = 0x40000000
 _RET_ERRNO = 0x00050000
 _SECCOMP_SET_MODE_FILTER = 1
 #: A Landlock domain can't be read from outside, so a branch would run without it: there is none to begin with.
 _NOT_SAVED = ("landlock_add_rule", "landlock_create_ruleset", "landlock_restrict_self")
-_REVISION = 2  # of the rules below that _ALLOWED doesn't show
+_REVISION = 3  # of the rules below that _ALLOWED doesn't show
+_IOCTL = {_AUDIT_ARCH_X86_64: 16, _AUDIT_ARCH_I386: 54}  # number by architecture
+_UFFD_IOCTLS = 0xAA00  # UFFDIO: bits 8 to 15 of all ioctls of a userfaultfd, and of nothing else
 
 
 def load(home: Path) -> bytes:
@@ -128,20 +130,43 @@ def _compile() -> bytes:
     with tempfile.TemporaryFile() as file:
         rules.export_bpf(file)
         file.seek(0)
-        return _newer_are_unknown() + file.read()
+        return _newer_are_unknown() + _no_faults_for_others() + file.read()
+
+
+# Instructions to put in front. BPF's jumps are relative, so libseccomp's program behind them needs no change.
+_LOAD, _EQUAL, _GREATER, _AND, _RETURN = 0x20, 0x15, 0x25, 0x54, 0x06
+_NR, _ARCH, _ARG_1 = 0, 4, 24  # offsets in struct seccomp_data
+
+
+def _assemble(*instructions: tuple[int, int, int, int]) -> bytes:
+    return b"".join(struct.pack("HBBI", *i) for i in instructions)
 
 
 def _newer_are_unknown() -> bytes:
-    """Instructions to put in front: a native call newer than this list is ENOSYS, as on an older kernel.
-
-    BPF's jumps are relative, so libseccomp's program behind them needs no change.
-    """
-    load_word, jump_equal, jump_greater, give = 0x20, 0x15, 0x25, 0x06
-    instructions = (
-        (load_word, 0, 0, 4),  # seccomp_data.arch
-        (jump_equal, 0, 3, _AUDIT_ARCH_X86_64),
-        (load_word, 0, 0, 0),  # seccomp_data.nr
-        (jump_greater, 0, 1, _NEWEST_KNOWN),  # x32 calls have bit 30 set, and go the same way
-        (give, 0, 0, _RET_ERRNO | errno.ENOSYS),
+    """A native call newer than this list is ENOSYS, as on an older kernel."""
+    return _assemble(
+        (_LOAD, 0, 0, _ARCH),
+        (_EQUAL, 0, 3, _AUDIT_ARCH_X86_64),
+        (_LOAD, 0, 0, _NR),
+        (_GREATER, 0, 1, _NEWEST_KNOWN),  # x32 calls have bit 30 set, and go the same way
+        (_RETURN, 0, 0, _RET_ERRNO | errno.ENOSYS),
     )
-    return b"".join(struct.pack("HBBI", *i) for i in instructions)
+
+
+def _no_faults_for_others() -> bytes:
+    """A program can't make a userfaultfd, with which it could stop the kernel in the middle of anything; but as long
+    as a branch's memory comes in it can find one (podtree.restore.pager): there is nothing to be done with it.
+    """
+    native, compat = _IOCTL[_AUDIT_ARCH_X86_64], _IOCTL[_AUDIT_ARCH_I386]
+    return _assemble(
+        (_LOAD, 0, 0, _ARCH),
+        (_EQUAL, 0, 2, _AUDIT_ARCH_X86_64),
+        (_LOAD, 0, 0, _NR),
+        (_EQUAL, 2, 6, native),
+        (_LOAD, 0, 0, _NR),
+        (_EQUAL, 0, 4, compat),
+        (_LOAD, 0, 0, _ARG_1),
+        (_AND, 0, 0, 0xFF00),
+        (_EQUAL, 0, 1, _UFFD_IOCTLS),
+        (_RETURN, 0, 0, _RET_ERRNO | errno.EPERM),
+    )

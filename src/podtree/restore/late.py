@@ -6,12 +6,15 @@ others get theirs from it (pidfd_getfd(2)). All this before any process takes it
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 from podtree.errors import Damaged
+from podtree.kernel import caps, mm
+from podtree.kernel.caps import Cap
 from podtree.kernel.mount import AT_FDCWD, Resolve
 from podtree.kernel.pidfd import PIDFD_THREAD
 from podtree.kernel.sys import NR
@@ -26,11 +29,12 @@ from podtree.restore.tree import Tree
 
 
 class LateFiles:
-    """Those of one image."""
+    """Those of one image. `capabilities`: the mask of what a pod's own processes may have."""
 
-    def __init__(self, files: Iterable[OpenFile], tree: Tree, slot_base: int) -> None:
+    def __init__(self, files: Iterable[OpenFile], tree: Tree, slot_base: int, capabilities: int) -> None:
         self.tree = tree
         self.slot_base = slot_base
+        self.capabilities = capabilities
         self.files = [file for file in files if isinstance(file.what, kinds.LATE)]
 
     def make(self, task_exists: Callable[[int], bool]) -> None:
@@ -72,10 +76,16 @@ class LateFiles:
         self._place(body, file.id, fd)
 
     def _open_proc(self, body: Body, file: OpenFile, path: bytes) -> int:
-        """No link is followed, whatever the image says: those of /proc lead anywhere."""
+        """No link is followed, whatever the image says: those of /proc lead anywhere.
+
+        It is opened with the capabilities of a pod. Many files of /proc look at those of who opened them, then or for
+        as long as they are open: /proc/kmsg, kernel addresses in /proc/kallsyms, physical ones in /proc/PID/pagemap.
+        CAP_SYS_PTRACE comes in addition, since the tasks themselves still have all.
+        """
         how = struct.pack("<QQQ", file.flags & OPEN_FLAGS, 0, Resolve.NO_SYMLINKS)
-        place = body.put(how + path + b"\0")
-        fd = body.do(NR.openat2, AT_FDCWD, place + len(how), place, len(how))
+        with _effective(body, self.capabilities | 1 << Cap.SYS_PTRACE):
+            place = body.put(how + path + b"\0")
+            fd = body.do(NR.openat2, AT_FDCWD, place + len(how), place, len(how))
         if file.pos:
             body.do(NR.lseek, fd, file.pos, os.SEEK_SET)
         return fd
@@ -95,3 +105,20 @@ class LateFiles:
             for number in sorted(wanted):
                 self._place(body, number, body.do(NR.pidfd_getfd, first, self.slot_base + number, 0))
             body.do(NR.close, first)
+
+
+@contextlib.contextmanager
+def _effective(body: Body, mask: int) -> Iterator[None]:
+    """Scope in which a task has no capabilities but these in effect."""
+    place = body.put(caps.HEADER + bytes(caps.DATA_SIZE))
+    sets = place + len(caps.HEADER)
+    body.do(NR.capget, place, sets)
+    whole = mm.read_memory(body.tid, sets, caps.DATA_SIZE)
+    effective, permitted, inheritable = caps.unpack(whole)
+    mm.write_memory(body.tid, sets, caps.pack(effective & mask, permitted, inheritable))
+    body.do(NR.capset, place, sets)
+    try:
+        yield
+    finally:
+        place = body.put(caps.HEADER + whole)
+        body.do(NR.capset, place, place + len(caps.HEADER))

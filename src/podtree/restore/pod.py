@@ -70,7 +70,8 @@ def _check_cpu(manifest: Manifest, tid: int) -> None:
 class _Layout:
     """Numbers that the whole restore agrees on."""
 
-    def __init__(self, manifest: Manifest) -> None:
+    def __init__(self, manifest: Manifest, bounds: Bounds) -> None:
+        self.bounds = bounds
         vmas = [v for p in manifest.processes for v in p.memory.vmas]
         self.stem = free_gap(vmas, arena.SIZE * 2)
         self.arena = self.stem + arena.SIZE
@@ -106,7 +107,7 @@ def _restore_pod(
         if not verified:
             check = PageCheck(image_fd, manifest)
         steps = plan.plan_tree([p.place for p in manifest.processes] + [z.place for z in manifest.zombies])
-        layout = _Layout(manifest)
+        layout = _Layout(manifest, bounds)
         stem_fd = _stem_file(layout.stem)
         clock = _clock_offsets(manifest)
 
@@ -359,7 +360,7 @@ def _bring_back(
 
 def _make_late_files(manifest: Manifest, tree: Tree, layout: _Layout, shared: Shared) -> None:
     """What is of tasks, and what is watched by epoll of that."""
-    files = LateFiles(manifest.files, tree, layout.slot_base)
+    files = LateFiles(manifest.files, tree, layout.slot_base, layout.bounds.capabilities)
     tasks = {t.tid for p in manifest.processes for t in p.threads} | {z.place.pid for z in manifest.zombies}
     files.make(tasks.__contains__)
     needed = {p.place.pid: {fd.file for fd in p.fds} | {p.cwd, p.root} for p in manifest.processes}

@@ -39,6 +39,7 @@ XSTATE_SIZES = range(576, 1 << 16)  # a legacy area and a header at least: Intel
 ORDINARY_POLICIES = (0, 3, 5)  # SCHED_NORMAL, _BATCH, _IDLE: include/uapi/linux/sched.h
 REALTIME_POLICIES = (1, 2)  # SCHED_FIFO, _RR
 SCHED_ATTR_SIZE = 56
+SEMAEM = 32767  # include/uapi/linux/sem.h
 IOPRIO_CLASS_RT, IOPRIO_CLASS_SHIFT = 1, 13  # include/uapi/linux/ioprio.h
 FILTER_FLAG_LOG = 1 << 1  # SECCOMP_FILTER_FLAG_LOG: all that an image can have, linux/seccomp.h
 _STDIO_NAME = re.compile(r"exec-(\d{1,9}|pid-\d{1,9})")
@@ -91,6 +92,8 @@ def _check_pod(manifest: Manifest) -> None:
     for place in places:
         _check_place(place)
     _expect(all(0 < tid < MAX_PID for tid in tids), "a thread of an impossible number")
+    adjustments = [by for undo in manifest.ipc.undo for by in undo.adjustments]
+    _expect(all(abs(by) <= SEMAEM for by in adjustments), "an adjustment of a semaphore that no process can have")
     _expect(0 <= manifest.last_pid < MAX_PID, f"the last pid {manifest.last_pid}")
     _expect(len(manifest.hostname.encode()) <= 64, "a host name that is too long")
     points = [mount.point for mount in manifest.tmpfs]
