@@ -223,7 +223,7 @@ def test_thinned_while_it_goes_on(podtree: Podtree) -> None:
     taken(pod, 2)
     found = log(pod)
     tagged, origin = found[1]["id"], found[0]["id"]
-    podtree("tag", tagged, "golden")
+    podtree("tag", tagged, "thin-not-me")
     branch = podtree.branch(origin)
     until(lambda: recorded(pod)["thinned"] >= 10, "checkpoints are thinned", 60)
     left = {one["id"] for one in log(pod)}
@@ -231,10 +231,11 @@ def test_thinned_while_it_goes_on(podtree: Podtree) -> None:
     assert len(left) <= 3 + 3 + 10
     podtree("record", pod.name, "--off")
     podtree("fsck")
-    again = podtree.branch("golden")
+    again = podtree.branch("thin-not-me")
     assert branch.running() and again.running()
     podtree("rewind", pod.name, asked_for)
     podtree("branch", f"{pod.name}@latest")
+    podtree("untag", "thin-not-me")
 
 
 def test_beside_other_commands(podtree: Podtree) -> None:
