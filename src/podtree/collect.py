@@ -52,6 +52,7 @@ class ProcessView:
     unreported_stops: set[int] = field(default_factory=set)  # stopped children that it hasn't waited for
     read_ns: int = 0  # our CLOCK_MONOTONIC when the script ran
     last_pid: int = 0  # of the pid namespace, asked of the pod's first process
+    lock_future: int = 0  # of mlockall(2)
 
     @property
     def vdso(self) -> MapEntry | None:
@@ -120,6 +121,7 @@ def _interview(view: ProcessView, stopped_children: list[int], *, track: bool) -
                 number = view.results.values[uffd]
                 view.uffd = _take_uffd(process.pidfd, number)
                 remote.do(NR.close, number)
+            view.lock_future = memory.future_locks(process.host_pid, view.entries, area.address)
             view.unreported_stops = processes.read_stops(asked_stops, view.results)
             if process.pid == 1:
                 view.last_pid = _ask_last_pid(remote, area)
@@ -279,6 +281,7 @@ def _collect_memory(
         layout=memory.collect_layout(process.host_pid, brk),
         pages=str(process.pid),
         rings=rings,
+        lock_future=view.lock_future,
     )
 
 

@@ -543,6 +543,49 @@ static void locked(void)
     check("content", area, 32 * PAGE, 40);
 }
 
+/* Also what has no pages: without rights, behind a file's end; and what is mapped later. */
+static void all_locked(int flags, const char *wanted)
+{
+    char *hole = mmap(NULL, 8 * PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    char *read_only = anonymous(8 * PAGE);
+    fill(read_only, 8 * PAGE, 42);
+    must(!mprotect(read_only, 8 * PAGE, PROT_READ));
+    FILE *file = tmpfile();
+    must(file && !ftruncate(fileno(file), PAGE));
+    char *longer = mmap(NULL, 4 * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE, fileno(file), 0);
+    must(hole != MAP_FAILED && longer != MAP_FAILED);
+    longer[7] = 'x';
+    /* fails for want of pages, having locked the mappings nevertheless */
+    int one = flags & MCL_ONFAULT ? MLOCK_ONFAULT : 0;
+    mlock2(hole, 8 * PAGE, one), mlock2(read_only, 8 * PAGE, one), mlock2(longer, 4 * PAGE, one);
+    must(!mlockall(flags));
+    char *area = anonymous(16 * PAGE);
+    fill(area, 8 * PAGE, 43);
+    char *places[] = {hole, read_only, longer, area, (char *)all_locked};
+    char *before[5];
+    for (int i = 0; i < 5; i++)
+        before[i] = strdup(vm_flags(places[i]));
+    expect(strstr(before[3], wanted) != NULL, "flags at first: %s", before[3]);
+    frozen();
+    for (int i = 0; i < 5; i++)
+        expect(!strcmp(vm_flags(places[i]), before[i]), "%d: flags %s instead of %s", i, vm_flags(places[i]), before[i]);
+    check("content", read_only, 8 * PAGE, 42);
+    check("content of what was locked from the first", area, 8 * PAGE, 43);
+    expect(longer[7] == 'x', "content of the file's mapping");
+    char *later = anonymous(4 * PAGE);
+    expect(strstr(vm_flags(later), wanted) != NULL, "flags of what is mapped later: %s", vm_flags(later));
+}
+
+static void locked_all(void)
+{
+    all_locked(MCL_FUTURE, " lo");
+}
+
+static void locked_on_fault(void)
+{
+    all_locked(MCL_FUTURE | MCL_ONFAULT, " lf");
+}
+
 static void copy_on_write(void)
 {
     char *area = anonymous(16 * MB);
@@ -651,6 +694,8 @@ const struct test_case cases[] = {{"private_anonymous", private_anonymous},
                                   {"program_break", program_break},
                                   {"advice", advice},
                                   {"locked", locked},
+                                  {"locked_all", locked_all},
+                                  {"locked_on_fault", locked_on_fault},
                                   {"copy_on_write", copy_on_write},
                                   {"code_pages", code_pages},
                                   {"many_areas", many_areas},

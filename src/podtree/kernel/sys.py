@@ -173,6 +173,7 @@ class NR(enum.IntEnum):
     execveat = 322
     userfaultfd = 323
     membarrier = 324
+    mlock2 = 325
     rseq = 334
     pidfd_send_signal = 424
     open_tree = 428

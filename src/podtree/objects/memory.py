@@ -13,7 +13,7 @@ import functools
 import itertools
 import os
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import msgspec
 
@@ -33,6 +33,8 @@ SHM_RDONLY, SHM_REMAP = 0o10000, 0o40000
 # VmFlags (Documentation/filesystems/proc.rst) that madvise(2) brings back
 ADVICE = {"sr": 2, "rr": 1, "dc": 10, "wf": 18, "dd": 16, "hg": 14, "nh": 15, "mg": 12}
 MADV_GUARD_INSTALL = 102
+MLOCK_ONFAULT = 1
+MCL_FUTURE, MCL_ONFAULT = 2, 4
 REFUSED_FLAGS = {
     "io": "maps device memory",
     "pf": "maps device memory",
@@ -69,6 +71,7 @@ class Vma(msgspec.Struct, frozen=True, kw_only=True):
     no_reserve: bool = False
     read_only: bool = False  # of SYSV: attached with SHM_RDONLY
     locked: bool = False
+    lock_on_fault: bool = False  # MLOCK_ONFAULT, mlock2(2)
     advice: tuple[str, ...] = ()  # VmFlags of ADVICE
 
 
@@ -90,13 +93,17 @@ class MemoryLayout(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Memory(msgspec.Struct, frozen=True, kw_only=True):
-    """One address space. `pages` names its page file; `guards` are (address, length); `rings` of AIO contexts."""
+    """One address space. `pages` names its page file; `guards` are (address, length); `rings` of AIO contexts.
+
+    `lock_future`: MCL_FUTURE and MCL_ONFAULT of mlockall(2).
+    """
 
     vmas: tuple[Vma, ...]
     layout: MemoryLayout
     pages: str
     guards: tuple[tuple[int, int], ...] = ()
     rings: tuple[AioRing, ...] = ()
+    lock_future: int = 0
 
 
 def is_vdso(entry: MapEntry) -> bool:
@@ -195,6 +202,7 @@ def _collect_vma(
         no_reserve="nr" in entry.flags,
         read_only=kind is VmaKind.SYSV and "mw" not in entry.flags,
         locked="lo" in entry.flags,
+        lock_on_fault="lf" in entry.flags,
         advice=tuple(sorted(entry.flags & ADVICE.keys())),
     )
 
@@ -432,8 +440,32 @@ def settle_vma(vma: Vma, script: Script, filled: bool) -> None:
         script.add(NR.madvise, vma.start, length, ADVICE[flag], name=f"madvise {what} {flag}")
     if filled and vma.prot | mm.PROT_READ | mm.PROT_WRITE != vma.prot:
         script.add(NR.mprotect, vma.start, length, vma.prot, name=f"mprotect {what}")
-    if vma.locked:
-        script.add(NR.mlock, vma.start, length, name=f"mlock {what}")
+
+
+def lock_vma(vma: Vma, script: Script) -> None:
+    """Add the call that locks a mapping, after all else.
+
+    It fails where pages can't be had (no access rights, guard pages, behind a file's end), having locked the rest
+    and the mapping all the same (mm/mlock.c); `unlocked` tells.
+    """
+    script.add(NR.mlock2, vma.start, vma.end - vma.start, MLOCK_ONFAULT if vma.lock_on_fault else 0)
+
+
+def unlocked(pid: int, vmas: Iterable[Vma]) -> list[Vma]:
+    """Those of `vmas` that are not all locked in a process."""
+    entries = [e for e in procfs.smaps(pid) if "lo" not in e.flags]
+    return [v for v in vmas if any(e.start < v.end and v.start < e.end for e in entries)]
+
+
+def future_locks(pid: int, entries: list[MapEntry], new: int) -> int:
+    """MCL_FUTURE and MCL_ONFAULT as a process has set them (mlockall(2)), told by what became of a mapping that it
+    has just made: the one at `new`, which isn't among `entries`.
+    """
+    known = sum(e.length for e in entries if "lo" in e.flags)
+    if int(procfs.status(pid)["VmLck"].split()[0]) << 10 == known:
+        return 0
+    flags = next((e.flags for e in procfs.smaps(pid) if e.start <= new < e.end), frozenset())
+    return (MCL_FUTURE if "lo" in flags else 0) | (MCL_ONFAULT if "lf" in flags else 0)
 
 
 def restore_layout(layout: MemoryLayout, script: Script, exe_slot: int) -> None:

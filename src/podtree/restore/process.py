@@ -98,8 +98,20 @@ class ProcessRestorer:
             script.add(NR.madvise, start, length, memory.MADV_GUARD_INSTALL, name="madvise guard")
             script = self._flush(script)
         self.body.run(script)
+        self._lock_memory([v for v in self.process.memory.vmas if v.locked])
         if pieces:
             self.later = self._leave_missing(pieces, waiting)
+
+    def _lock_memory(self, vmas: list[Vma]) -> None:
+        script = self.body.script()
+        for vma in vmas:
+            memory.lock_vma(vma, script)
+            script = self._flush(script)
+        if self.process.memory.lock_future:
+            script.add(NR.mlockall, self.process.memory.lock_future, name="mlockall of what is to come")
+        self.body.run(script)
+        if vmas and (left := memory.unlocked(self.body.tid, vmas)):
+            raise RestoreFailed(f"process {self.pid}: {left[0].start:#x}-{left[0].end:#x} can't be locked in memory")
 
     def _leave_missing(self, pieces: list[Piece], vmas: list[Vma]) -> Lazy:
         """Have the pager answer for pages of these mappings."""

@@ -24,7 +24,7 @@ from podtree.kernel.sys import PAGE_SIZE
 from podtree.objects.credentials import Credentials
 from podtree.objects.descriptors import OpenFile
 from podtree.objects.held import OWN_TMPFS
-from podtree.objects.memory import ADVICE, VmaKind
+from podtree.objects.memory import ADVICE, MCL_FUTURE, MCL_ONFAULT, VmaKind
 from podtree.objects.processes import Place, Process
 from podtree.objects.scheduling import RLIM_NLIMITS, Limits, Scheduling
 from podtree.objects.seccomp import MODE_FILTER, Filter, Seccomp
@@ -163,6 +163,8 @@ def _check_memory(process: Process) -> None:
         _expect(0 <= vma.prot <= 7 and 0 <= vma.offset < 1 << 63, f"{what} with impossible properties")
         _expect(set(vma.advice) <= ADVICE.keys(), f"{what} with unknown advice {vma.advice}")
         end = vma.end
+    future = process.memory.lock_future
+    _expect(future in (0, MCL_FUTURE, MCL_FUTURE | MCL_ONFAULT), f"process {pid} locks memory to come in no known way")
     vdsos = sum(vma.kind is VmaKind.VDSO for vma in process.memory.vmas)
     _expect(vdsos == 1, f"process {pid} has {vdsos} vdsos")
     mapped = [(vma.start, vma.end - vma.start) for vma in process.memory.vmas if vma.kind is VmaKind.AIO]
