@@ -4,6 +4,7 @@
 #   make test      the whole test suite, real programs included
 #   make torture   kill the supervisor many more times than `make test` does (TORTURE=number),
 #                  and grow random process trees for much longer (SECONDS=number)
+#   make bench     measure podtree on this machine (BENCH="--case NAME --rounds N --history N --json FILE")
 #   make check     lint and types
 #   make install   only what it takes for .venv/bin/podtree to work
 
@@ -13,7 +14,7 @@ TESTS ?=
 TORTURE ?= 1000
 SECONDS ?= 3600
 .DEFAULT_GOAL := install
-.PHONY: install test-setup demo test torture check clean
+.PHONY: install test-setup demo test torture bench check clean
 
 $(VENV)/.run: pyproject.toml constraints.txt scripts/venv.sh
 	@scripts/venv.sh run
@@ -39,6 +40,9 @@ test: test-setup
 torture: test-setup
 	@PODTREE_TORTURE=$(TORTURE) PODTREE_RANDOM_SECONDS=$(SECONDS) \
 		$(PYTEST) tests/torture tests/test_random_trees.py --timeout 0 -o session_timeout=0
+
+bench: install
+	@$(VENV)/bin/python3 -m bench $(BENCH)
 
 check: $(VENV)/.test
 	@$(VENV)/bin/ruff check .

@@ -11,10 +11,11 @@ from podtree.errors import Problem, Refused, printable
 from podtree.pod import wire
 
 HOLDER = r"""
-import ctypes, os, socket, time
+import ctypes, fcntl, os, time
 libc = ctypes.CDLL(None)
 libc.prctl(15, b"\xff\x1b[31m", 0, 0, 0)
-raw = socket.socket(socket.AF_INET, socket.SOCK_RAW, 253)  # refused
+leased = os.open("/tmp/leased", os.O_WRONLY | os.O_CREAT)
+fcntl.fcntl(leased, fcntl.F_SETLEASE, fcntl.F_WRLCK)  # refused
 print("READY", flush=True)
 time.sleep(1000)
 """
@@ -66,6 +67,6 @@ def test_odd_paths_in_a_diff(podtree: Podtree) -> None:
     pod.python(MAKER)
     pod.checkpoint()
     for after in (f"{pod.name}@2", pod.name):
-        assert r"A /tmp/\xff\x1b[31m/file (1 bytes)" in podtree("diff", f"{pod.name}@1", after).out
+        assert r"A /tmp/\xff\x1b[31m/file  (1 B)" in podtree("diff", f"{pod.name}@1", after).out
         files = podtree.json("diff", f"{pod.name}@1", after)["files"]
         assert "/tmp/\\xff\x1b[31m/file" in [file["path"] for file in files]

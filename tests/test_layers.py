@@ -17,7 +17,7 @@ LAYERS = (
     ("objects",),
     ("image", "volume"),
     ("tracees",),
-    ("freeze", "collect", "diff", "pool"),
+    ("freeze", "mapcache", "collect", "diff", "pool"),
     ("pod.cgroup", "pod.containment", "pod.dirs", "pod.launch", "pod.live", "pod.paths", "pod.spec", "pod.wire"),
     ("checkpoint", "restore", "recorder"),
     ("pod", "doctor"),

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import mmap
 import os
 import platform
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -29,6 +31,7 @@ from podtree.image.manifest import Clock, Manifest, StdioSet
 from podtree.image.pages import PageFile, Run
 from podtree.kernel import mm, procfs
 from podtree.kernel.sys import PAGE_SIZE
+from podtree.mapcache import MapCache
 from podtree.objects import aio, descriptors, inotify, insight, memory, socketcommon, sockets, sysvipc
 from podtree.objects.contents import Contents
 from podtree.objects.context import CollectContext
@@ -90,6 +93,7 @@ class Checkpointer:
         self.live = live
         self._trackers: dict[int, Tracker] = {}  # by pid inside the pod
         self._freezer = Freezer(live.pids)
+        self._maps = MapCache()
         self._buffer: mmap.mmap | None = None
         self._precopied = 0  # bytes written ahead of the stop
         self._seen: dict[int, set[int]] | None = None  # host pids at the last checkpoint, with their pages of rseq(2)
@@ -152,7 +156,8 @@ class Checkpointer:
         pauses = iter(RETRY_PAUSES_S)
         while True:
             try:
-                return self._checkpoint(draft, stop, message, begun, commit, settle, notes or {})
+                with _no_garbage_collection():
+                    return self._checkpoint(draft, stop, message, begun, commit, settle, notes or {})
             except Refused as refused:  # nothing was copied yet: tracking is as it was
                 if insight.prepare():
                     continue
@@ -174,8 +179,9 @@ class Checkpointer:
         settle: Callable[[], None],
         notes: dict[str, Any],
     ) -> dict[str, Any]:
-        stopped_at = time.monotonic()
+        self._maps.prepare(self.live.pids())
         self._seen = None
+        stopped_at = time.monotonic()
         frozen = self._freeze()
         try:
             context = self._context(frozen)
@@ -183,10 +189,11 @@ class Checkpointer:
                 manifest, views = self._collect(frozen, context, table, track=True)
                 if context.problems:
                     raise Refused(context.problems)
-                copied = self._copy_pages(views)
-                manifest = _with_guards(manifest, copied)
                 settle()
-                draft.snapshot_volume()
+                with _at_the_same_time(draft.snapshot_volume):
+                    copied = self._copy_pages(views)
+                    manifest = _with_guards(manifest, copied)
+                self._keep_maps(views)
             if not stop:
                 self._release(frozen)
             pause = time.monotonic() - stopped_at
@@ -357,7 +364,7 @@ class Checkpointer:
     def _collect(
         self, frozen: Frozen, context: CollectContext, table: FileTable, *, track: bool
     ) -> tuple[Manifest, list[ProcessView]]:
-        views = collect.look(frozen, context, track=track)
+        views = collect.look(frozen, context, self._maps, track=track)
         self._adopt_trackers(views)
         collected = collect.collect_processes(frozen, views, context, table)
         table.hush()
@@ -434,6 +441,7 @@ class Checkpointer:
                     tracker.close()
                     self._trackers.pop(view.process.pid)
                     return Tracker(-1)
+                view.rearranged = True
                 # what moved here with mremap(2) may bring old marks along (kernels before 6.13)
                 tracker.doubtful.append((entry.start // PAGE_SIZE, entry.length // PAGE_SIZE))
         return tracker
@@ -453,7 +461,7 @@ class Checkpointer:
         frozen = self._freeze()
         try:
             context = self._context(frozen, dry_run=True)
-            views = collect.look(frozen, context)
+            views = collect.look(frozen, context, self._maps)
             self._adopt_trackers(views)
             armed = [(v, self._arm(v)) for v in views if not any(map(aio.is_ring, v.entries))]
             armed = [(v, t) for v, t in armed if t.uffd >= 0 and not t.complete]
@@ -534,6 +542,11 @@ class Checkpointer:
             result.append((Copied(str(view.process.pid), tracker, scanned.saved, wanted, data), scanned))
         return result
 
+    def _keep_maps(self, views: list[ProcessView]) -> None:
+        for view in views:
+            if not view.rearranged:
+                self._maps.keep(view.process, view.entries)
+
     def _room(self, size: int) -> memoryview:
         """A buffer that is kept from checkpoint to checkpoint: first-touching memory is slow."""
         if self._buffer is None or len(self._buffer) < size:
@@ -564,6 +577,37 @@ class Checkpointer:
             self._shrink()
             os.close(mem_fd)
             os.close(image_fd)
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """It would come while a pod is stopped, sooner or later."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+@contextlib.contextmanager
+def _at_the_same_time(call: Callable[[], None]) -> Iterator[None]:
+    """Scope beside which `call` is made, by a thread: for what is the kernel's work. It raises what `call` does."""
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            call()
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=run, name="beside")
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
+    if failed:
+        raise failed[0]
 
 
 def _passes(problems: list[Problem]) -> bool:

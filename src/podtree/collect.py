@@ -20,6 +20,7 @@ from podtree.kernel.mountinfo import mounts_of
 from podtree.kernel.pidfd import pidfd_getfd
 from podtree.kernel.procfs import MapEntry
 from podtree.kernel.sys import NR
+from podtree.mapcache import MapCache
 from podtree.objects import aio, memory, processes, scheduling, seccomp, signals, threads, timers, tmpfs
 from podtree.objects.aio import AioRing
 from podtree.objects.contents import Contents
@@ -53,6 +54,7 @@ class ProcessView:
     read_ns: int = 0  # our CLOCK_MONOTONIC when the script ran
     last_pid: int = 0  # of the pid namespace, asked of the pod's first process
     lock_future: int = 0  # of mlockall(2)
+    rearranged: bool = False  # its mappings are no longer all as `entries` says
 
     @property
     def vdso(self) -> MapEntry | None:
@@ -64,14 +66,14 @@ def _wants_tracking(view: ProcessView) -> bool:
     return not any("uw" in e.flags for e in view.entries if memory.is_trackable(e))
 
 
-def look(frozen: Frozen, ctx: CollectContext, *, track: bool = True) -> list[ProcessView]:
+def look(frozen: Frozen, ctx: CollectContext, maps: MapCache, *, track: bool = True) -> list[ProcessView]:
     """Read the mappings of all processes and let all tasks tell their state by script."""
     views = []
     stopped = _stopped_children(frozen)
     for process in frozen.processes:
         if process.zombie:
             continue
-        view = ProcessView(process, procfs.smaps(process.host_pid))
+        view = ProcessView(process, maps.of(process))
         if _can_run_scripts(view, ctx):
             _interview(view, stopped.get(process.host_pid, []), track=track and _wants_tracking(view))
             views.append(view)

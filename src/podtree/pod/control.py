@@ -302,7 +302,10 @@ def execute(
 def checkpoint(
     pool: Pool, pod: PodRecord, *, message: str = "", stop: bool = False, tag: str | None = None
 ) -> dict[str, Any]:
-    """Save a running pod: {id, pod, number, pause_ms, total_ms, bytes_written, processes}."""
+    """Save a running pod: {id, pod, number, pause_ms, total_ms, bytes_written, processes}.
+
+    With `stop` it has ended on return.
+    """
     if as_text(message) != message:
         raise UsageError(f"the message is not valid UTF-8: {message}")
     if tag is not None:
@@ -311,6 +314,9 @@ def checkpoint(
     if tag is not None:
         pool.tag(tag, result["id"])
         result["tag"] = tag
+    if stop:
+        with contextlib.suppress(PodtreeError):  # it has a checkpoint, whatever comes now
+            wait(pool, pool.pod(pod.id))
     return result
 
 

@@ -1,0 +1,1 @@
+"""Measurements of podtree on this machine: `make bench`."""
