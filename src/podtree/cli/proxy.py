@@ -48,11 +48,11 @@ class Signals:
         self._old = {number: signal.signal(number, self._catch) for number in caught}
         for number in caught:
             signal.siginterrupt(number, False)  # tcsetattr(3) in the background is stopped, and goes on after fg
+        # Written to at once: `_catch` is called only between two instructions of Python, and poll(2) may come first.
+        signal.set_wakeup_fd(self._wake, warn_on_full_buffer=False)
 
     def _catch(self, number: int, _frame: FrameType | None) -> None:
         self.caught.append(number)
-        with contextlib.suppress(BlockingIOError):
-            os.write(self._wake, b".")
 
     def take(self) -> list[int]:
         """What was caught since the last time."""
@@ -65,6 +65,7 @@ class Signals:
         """Back to what was before."""
         for number, handler in self._old.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(-1)
         os.close(self.fd)
         os.close(self._wake)
 
@@ -165,10 +166,14 @@ class Proxy:
         self._flush()
 
     def _flush(self) -> None:
-        with contextlib.suppress(BlockingIOError):
+        try:
             while self._out:
                 sent = self._client.sock.send(self._out, socket.MSG_DONTWAIT)
                 del self._out[:sent]
+        except BlockingIOError:
+            pass
+        except ConnectionError:  # what was received before comes first; then its end is noticed
+            self._out.clear()
 
     def _pass_signals(self) -> int | None:
         """-1 when this command was told to go: the pod stays."""

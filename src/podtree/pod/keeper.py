@@ -148,7 +148,11 @@ class Keeper:
             ready = {fd for fd, _ in poll.poll(None if self._warm else _SETTLED_S * 1000)}
             if not ready or self._births.fileno() in ready:
                 self._warm_up()
-            if channel.fileno() in ready and not self._hear(channel):
+            ended = pidfd in ready
+            if ended:  # of all that it started, before those are reaped
+                while self._hear(channel):
+                    pass
+            elif channel.fileno() in ready and not self._hear(channel):
                 poll.unregister(channel.fileno())
             if self._wake_r in ready:
                 with contextlib.suppress(BlockingIOError):
@@ -156,9 +160,6 @@ class Keeper:
             if self._births.fileno() in ready:
                 self._give_birth()
             self._reap(pid)
-            ended = pidfd in ready
-        while self._hear(channel):
-            pass
         os.waitpid(pid, 0)
         self._reap(pid)
         os.close(pidfd)

@@ -41,6 +41,7 @@ _LINGER_S = 10.0  # how long an attached client may take to fetch the last of th
 _RETRY_S = 3.0
 _END_S = 60.0  # how long the processes of a pod may take to end, once they are killed
 _TEND_S = 0.05
+_NOTE_S = 2.0  # how long the keeper may take to note the end of a process
 _UNKNOWN = 255  # the exit code of a process of which nobody could note it
 _REPORT_S = 10.0  # from entering a pod to execve; a process of the pod may have got hold of the report pipe
 
@@ -80,6 +81,7 @@ class Supervisor:
         self._connections: set[Connection] = set()
         self._waiting: list[Connection] = []
         self._looks: dict[Connection, list[Draft]] = {}
+        self._ended: dict[str, int] = {}  # codes of sessions that are over, until their clients are told
         self._serial = 0
         self._finished = False
         self._tending: Timer | None = None
@@ -161,8 +163,8 @@ class Supervisor:
         holds = {"root": live.root_fd}
         for name, ends in live.stdio.items():
             holds.update(_holds(name, ends))
-        self._tell_keeper({"hold": list(holds), "state": self._state()}, list(holds.values()))
         self._make_all_stdio(live.stdio, expected)
+        self._tell_keeper({"hold": list(holds), "state": self._state()}, list(holds.values()))
         self.loop.watch(live.init_pidfd, read=lambda: self._when_back(INIT, live.init_pidfd, self._init_ended))
         for session in live.sessions.values():
             self._watch_session(session)
@@ -241,6 +243,7 @@ class Supervisor:
     def adopt(self, state: dict[str, Any]) -> None:
         """Take over the pod of a supervisor that died."""
         held = self._held  # no duplicates: one that stayed open would keep an end of file from arriving
+        self._ended = dict(state["ended"])
         stdio = {}
         for name, data in state["stdio"].items():
             ends = msgspec.convert(data, StdioEnds)
@@ -257,14 +260,15 @@ class Supervisor:
         if pidfd < 0 or (self.dirs.pod / "exit.json").exists():
             self._adopt_ended(group, stdio, state["sessions"], expected)
             return
-        sessions, ended = {}, {}
+        sessions, notes = {}, []
         for name, pid in state["sessions"].items():
             try:
                 process = pidfd_open(pid)
             except ProcessLookupError:
                 process = -1
             if process < 0 or self._noted(pid).exists():  # the number may be another's already
-                ended[name] = self._take_note(pid)
+                notes.append(self._noted(pid))
+                self._ended[name] = _noted_code(notes[-1])
             else:
                 sessions[name] = ExecSession(name, pid, process)
         clock = ClockOffsets(*state["clock"])
@@ -275,8 +279,10 @@ class Supervisor:
             ),
             expected,
         )  # fmt: skip
-        for name, code in ended.items():
-            self.clients.when_back(name, partial(self._session_over, name, code))
+        for note in notes:  # the keeper has been told; the number may come again
+            note.unlink(missing_ok=True)
+        for name in list(self._ended):
+            self.clients.when_back(name, partial(self._session_over, name))
         self.checkpointer.recover()
         if state.get("recording"):
             self.recorder = recording.begin(self, state["recording"])
@@ -288,7 +294,10 @@ class Supervisor:
     ) -> None:
         """The pod ended while nobody supervised it. What it wrote last is still in its pipes or its terminal."""
         self.exit_code = keeper.read_exit(self.dirs.pod / "exit.json")
-        codes = {name: self._take_note(pid, 128 + signal.SIGKILL) for name, pid in sessions.items()}
+        codes = dict(self._ended)
+        for name, pid in sessions.items():
+            code = keeper.read_exit(self._noted(pid))
+            codes[name] = 128 + signal.SIGKILL if code is None else code
         group.remove()
         self._make_all_stdio(stdio, expected)
         self._listen()
@@ -313,6 +322,7 @@ class Supervisor:
             "clock": [live.clock.monotonic_ns, live.clock.boottime_ns],
             "stdio": {name: msgspec.to_builtins(ends) for name, ends in live.stdio.items()},
             "sessions": {name: session.pid for name, session in live.sessions.items()},
+            "ended": self._ended,
             "serial": self._serial,
             "attached": self.clients.attached(),
             "recording": msgspec.to_builtins(self.recorder.settings) if self.recorder else None,
@@ -571,42 +581,38 @@ class Supervisor:
         self.clients.when_back(name, call)
 
     def _session_ended(self, session: ExecSession) -> None:
-        """A process that `exec` started has ended."""
+        """A process that `exec` started has ended. The keeper hears of it first, so that it isn't forgotten."""
         self.loop.forget(session.pidfd)
         os.close(session.pidfd)
-        self._session_over(session.name, self._reap(session.pid, self._noted(session.pid)))
-
-    def _session_over(self, name: str, code: int) -> None:
-        self.clients.end(name, code)
+        note = self._noted(session.pid)
+        self._ended[session.name] = self._reap(session.pid, note)
         if self.live is not None:
-            self.live.sessions.pop(name, None)
-            if self.live.stdio.pop(name, None) is not None:
-                self._tell_keeper({"drop": [f"{name}:{part}" for part in "c012"], "state": self._state()})
+            self.live.sessions.pop(session.name, None)
+        self._tell_state()
+        note.unlink(missing_ok=True)  # the number may come again
+        self._session_over(session.name)
+
+    def _session_over(self, name: str) -> None:
+        """Tell its clients."""
+        self.clients.end(name, self._ended.pop(name))
+        if self.live is not None and self.live.stdio.pop(name, None) is not None:
+            self._tell_keeper({"drop": [f"{name}:{part}" for part in "c012"], "state": self._state()})
 
     def _noted(self, pid: int) -> Path:
         """Where the keeper notes how a process of `exec` ended whose parent it had become."""
         return self.dirs.run / f"exit-{pid}.json"
 
-    def _take_note(self, pid: int, otherwise: int = _UNKNOWN) -> int:
-        code = keeper.read_exit(self._noted(pid))
-        self._noted(pid).unlink(missing_ok=True)  # the number may come again
-        return otherwise if code is None else code
+    def _reap(self, pid: int, note: Path) -> int:
+        """The exit code of a process that has ended: ours to wait for, or the keeper's, who notes it.
 
-    def _reap(self, pid: int, noted: Path) -> int:
-        """The exit code of a process that has ended: ours to wait for, or the keeper's, who notes it."""
-        try:
-            _, status = os.waitpid(pid, 0)
-        except ChildProcessError:
-            deadline = time.monotonic() + 2
-            while (code := keeper.read_exit(noted)) is None and time.monotonic() < deadline:
-                time.sleep(0.005)
-            if noted.name != "exit.json":
-                noted.unlink(missing_ok=True)  # the number may come again
-            return _UNKNOWN if code is None else code
-        code = os.waitstatus_to_exitcode(status)
-        if noted.name == "exit.json":
-            keeper.write_exit(noted, status)
-        return code if code >= 0 else 128 - code
+        It is noted before the process is gone: a successor could not ask any more.
+        """
+        with contextlib.suppress(ChildProcessError):
+            found = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+            assert found is not None
+            keeper.write_exit(note, found.si_status << 8 if found.si_code == os.CLD_EXITED else found.si_status)
+            os.waitpid(pid, 0)
+        return _noted_code(note)
 
     def end_processes(self) -> None:
         """Kill the pod and wait until no process of it is left; the stdio's clients stay (for a rewind)."""
@@ -688,6 +694,14 @@ class Supervisor:
                 self.loop.later(0.01, look)
 
         look()
+
+
+def _noted_code(note: Path) -> int:
+    """What the keeper notes of a process's end, which it is just about to do if it has not yet."""
+    deadline = time.monotonic() + _NOTE_S
+    while (code := keeper.read_exit(note)) is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    return _UNKNOWN if code is None else code
 
 
 def _holds(name: str, ends: StdioEnds) -> dict[str, int]:
