@@ -33,6 +33,7 @@ REMEDY = {  # program -> Debian package, where the names differ
 
 def pytest_configure(config: pytest.Config) -> None:
     signal.signal(signal.SIGTERM, lambda *_: pytest.exit("terminated"))  # pods and mounts are removed all the same
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup(1) it is ignored, and so it would be by all commands
     config.addinivalue_line("markers", "needs(*programs): programs without which the test fails, naming the package")
 
 

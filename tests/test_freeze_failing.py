@@ -127,6 +127,33 @@ def test_one_killed_while_stopped_is_reaped_for_its_parent(shared: mmap.mmap) ->
         until(lambda: number(shared, 1), "its parent has heard of its end")
 
 
+def test_left_in_a_script_while_it_is_stopped() -> None:
+    """A tracer was killed in the midst of a script of a process that job control keeps stopped: it comes home."""
+
+    def work() -> None:
+        while True:
+            signal.pause()
+
+    with child(work) as pid:
+        os.kill(pid, signal.SIGSTOP)
+        until(lambda: procfs.stat(pid).state == "T", "the child is stopped")
+
+        def leave() -> None:
+            Freezer(lambda: [pid]).freeze()
+            vdso = next(e for e in procfs.maps(pid) if e.path == "[vdso]")
+            Remote(pid, vdso.start + stub_offset()).__enter__()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        with child(leave) as tracer:
+            os.waitid(os.P_PID, tracer, os.WEXITED | os.WNOWAIT)
+        freezer = Freezer(lambda: [pid])
+        frozen = freezer.freeze()
+        assert frozen.processes[0].leader.sigmask == 0
+        assert frozen.processes[0].leader.group_stop == signal.SIGSTOP
+        frozen.release()
+        until(lambda: procfs.stat(pid).state == "T", "the child is stopped as before")
+
+
 def test_inside_of_vfork(podtree: Podtree, compiled: Callable[[str], Path]) -> None:
     """A parent in vfork(2) can't be stopped: that is refused, and neither the pod nor its supervisor hangs."""
     pod = podtree.run(compiled("vforks"), name="vforks")

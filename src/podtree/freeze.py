@@ -129,11 +129,16 @@ class Freezer:
         return self._tracees.tend()
 
     def _stop_all(self) -> bool:
-        """False if some task was still inside of a killed supervisor's script: it is on its way home."""
+        """False if some task was still inside of a killed supervisor's script: it is on its way home.
+
+        One that is stopped by job control, too, gets there only while it is traced.
+        """
+        stopped = self._tracees.stopped
         self._tracees.stop_all(self._list_pids, STOP_PATIENCE_S)
         self._look_again()
-        left_behind = [leave_stub(tid) for tid in self._tracees.stopped]
-        return not any(left_behind)
+        left_behind = [tid for tid in stopped if leave_stub(tid)]
+        self._tracees.run_shortly([tid for tid in left_behind if stopped[tid].is_group_stop], STOP_PATIENCE_S)
+        return not left_behind
 
     def _look_again(self) -> None:
         """A process in the midst of being stopped or continued by job control: all its threads get as far as that.

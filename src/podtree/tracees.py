@@ -39,6 +39,7 @@ _BUSY_SPINS = 50  # looks without sleeping: a task that runs stops within micros
 _PAUSE_S = 0.0001
 _SEIZE_PATIENCE_S = 0.005
 _PATIENCE_PER_TASK_S = 0.005  # on a busy machine; a pod that forks faster than that can't be stopped
+_MOMENT_S = 0.002  # longer than a script takes to put its task back
 _PARTING_S = 0.05  # how long `release` waits for those that haven't stopped yet
 
 
@@ -105,6 +106,21 @@ class Tracees:
                 ptrace.cont(tid)
             del self.stopped[tid]
             self.running.add(tid)
+        self._await_stops(time.monotonic() + patience_s)
+
+    def run_shortly(self, tids: Iterable[int], patience_s: float) -> None:
+        """Let stopped tasks run for a moment, also such as job control keeps stopped. Raises NotStopped."""
+        wanted = list(tids)
+        for tid in wanted:
+            with suppress(ProcessLookupError):
+                ptrace.cont(tid)
+            del self.stopped[tid]
+            self.running.add(tid)
+        if wanted:
+            time.sleep(_MOMENT_S)
+        for tid in wanted:
+            with suppress(ProcessLookupError):
+                ptrace.interrupt(tid)
         self._await_stops(time.monotonic() + patience_s)
 
     def _seize_new(self, pids: Iterable[int]) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import os
 import pty
@@ -746,6 +747,7 @@ def controlling_terminal() -> None:
     """A session on a pty of its own: foreground group, ^C from the master, hang-up at its end."""
     master, slave = pty.openpty()
     read_end, write_end = os.pipe()
+    job_read, job_write = os.pipe()
 
     def leader() -> None:
         os.setsid()
@@ -756,6 +758,7 @@ def controlling_terminal() -> None:
         os.setpgid(job, job)
         os.tcsetpgrp(slave, job)
         wait_go()
+        equal("foreground job", os.read(job_read, 1), b"F")
         equal("foreground group", os.tcgetpgrp(slave), job)
         terminal = os.open("/dev/tty", os.O_RDWR)
         equal("/dev/tty works", os.tcgetpgrp(terminal), job)
@@ -769,7 +772,21 @@ def controlling_terminal() -> None:
 
     def foreground() -> None:
         signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+        child(given_up)
+        wait_go()
+        equal("/dev/tty of a job", os.tcgetpgrp(os.open("/dev/tty", os.O_RDWR)), os.getpgrp())
+        true("the one that gave it up", os.waitpid(-1, 0)[1] == 0)
+        os.write(job_write, b"F")
         time.sleep(600)
+
+    def given_up() -> None:
+        fcntl.ioctl(slave, termios.TIOCNOTTY)
+        wait_go()
+        try:
+            os.open("/dev/tty", os.O_RDWR)
+            bad("a process that has given its terminal up has one")
+        except OSError as error:
+            equal("no terminal", error.errno, errno.ENXIO)
 
     pid = child(leader)
     time.sleep(0.4)

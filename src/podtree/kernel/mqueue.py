@@ -24,9 +24,12 @@ class Attributes(NamedTuple):
 
 
 def mq_open(name: bytes, flags: int, mode: int = 0, max_messages: int = 0, message_size: int = 0) -> int:
-    """A close-on-exec descriptor of a queue; the last three are for O_CREAT."""
+    """A descriptor of a queue; the last three are for O_CREAT.
+
+    It is close-on-exec, as all are. O_CLOEXEC would stay in the file's own flags, which fdinfo shows.
+    """
     attributes = _ATTR.pack(0, max_messages, message_size, 0) if flags & os.O_CREAT else None
-    return syscall(NR.mq_open, name + b"\0", flags | os.O_CLOEXEC, mode, attributes)
+    return syscall(NR.mq_open, name + b"\0", flags & ~os.O_CLOEXEC, mode, attributes)
 
 
 def mq_unlink(name: bytes) -> None:

@@ -404,6 +404,8 @@ def _undo_preparations(sock: socket.socket, state: TcpSocket) -> None:
     sock.setsockopt(socket.IPPROTO_IP, IP_LOCAL_PORT_RANGE, 0)
     sock.setsockopt(socket.IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, 0)
     sock.setsockopt(socket.SOL_SOCKET, SO_BUF_LOCK, 0)
+    if state.role in ("connected", "finished"):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)  # which bringing in its bytes has switched off
 
 
 def _as_family(door: _Door, family: int) -> Address:

@@ -277,7 +277,7 @@ def _grow(
         return arena.enter_arena(host, layout.stem, layout.arena, family)
 
     tree = Tree(layout.arena, root_body)
-    tree.grow(steps)
+    tree.grow(steps, [p.place for p in manifest.processes])
     with _asleep(manifest, launched, layout) as sleepers:
         restorers = _bring_back(manifest, tree, layout, launched, made, image_fd, clock, run, fillings)
         sleepers.arm()
@@ -336,7 +336,7 @@ def _bring_back(
     tree.make_zombies(list(manifest.zombies))
     if manifest.last_pid:
         tree.set_last_pid(manifest.last_pid, made.proc_slot)
-    tree.take_terminals(places)
+    tree.settle_terminals(places)
     for restorer in restorers:
         restorer.map_memory()
     later = [r.later for r in restorers if r.later]

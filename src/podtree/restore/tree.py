@@ -34,8 +34,9 @@ class Tree:
         self.bodies: dict[int, Body] = {}
         self._root_body = root_body  # makes process N from outside of the pod (its parent is 0 inside)
 
-    def grow(self, steps: list[Step]) -> None:
-        """Carry out a plan."""
+    def grow(self, steps: list[Step], places: list[Place]) -> None:
+        """Carry out a plan. A session's leader takes its terminal before it has children: they inherit it."""
+        terminals = {place.pid: place.tty for place in places if place.tty and place.sid == place.pid}
         for step in steps:
             match step:
                 case Spawn(0, pid, _):
@@ -45,6 +46,8 @@ class Tree:
                     self.bodies[pid] = Body(child, self.arena, self.bodies[parent].family)
                 case NewSession(pid):
                     self.bodies[pid].do(NR.setsid)
+                    if pid in terminals:
+                        self._take_terminal(pid, terminals[pid])
                 case JoinGroup(pid, group):
                     self.bodies[pid].do(NR.setpgid, 0, group)
                 case EndHelper(pid, parent, reaper):
@@ -75,24 +78,32 @@ class Tree:
             return
         raise RestoreFailed(f"helper process {pid} did not end")
 
-    def take_terminals(self, places: list[Place]) -> None:
-        """Session leaders take their controlling terminals and set the foreground groups."""
+    def settle_terminals(self, places: list[Place]) -> None:
+        """Who is in the foreground, and who has given the terminal of its session up. Raises RestoreFailed."""
+        leaders = {place.pid: place for place in places if place.tty and place.sid == place.pid}
         for place in places:
-            if place.tty and place.sid == place.pid:
-                self._take_terminal(place)
+            if place.sid in leaders and not place.tty:
+                self._on_terminal(place.pid, "/dev/tty", termios.TIOCNOTTY)
+        for place in leaders.values():
+            if place.foreground > 0:
+                self._on_terminal(place.pid, "/dev/tty", termios.TIOCSPGRP, struct.pack("<q", place.foreground))
+        for place in places if leaders else ():
+            if procfs.stat(self.bodies[place.pid].tid).tty_nr != place.tty:
+                raise RestoreFailed(f"process {place.pid} did not get its controlling terminal")
 
-    def _take_terminal(self, place: Place) -> None:
-        major, minor = os.major(place.tty), os.minor(place.tty)
+    def _take_terminal(self, pid: int, device: int) -> None:
+        major, minor = os.major(device), os.minor(device)
         if not PTS_MAJOR <= major < PTS_MAJOR + 8:
-            raise RestoreFailed(f"process {place.pid} has a terminal that is no pty ({major}:{minor})")
+            raise RestoreFailed(f"process {pid} has a terminal that is no pty ({major}:{minor})")
         number = (major - PTS_MAJOR) * 256 + minor
-        body = self.bodies[place.pid]
-        path = body.put(f"/dev/pts/{number}".encode() + b"\0" + struct.pack("<i", 0))
-        fd = body.do(NR.openat, -100, path, os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC, 0)
-        body.do(NR.ioctl, fd, termios.TIOCSCTTY, 0)
-        if place.foreground > 0:
-            group = body.put(struct.pack("<i", place.foreground))
-            body.do(NR.ioctl, fd, termios.TIOCSPGRP, group)
+        self._on_terminal(pid, f"/dev/pts/{number}", termios.TIOCSCTTY)
+
+    def _on_terminal(self, pid: int, path: str, request: int, argument: bytes = bytes(8)) -> None:
+        """One ioctl_tty(2) of a process on a terminal that it opens for it; zero stands for no argument."""
+        body = self.bodies[pid]
+        address = body.put(argument + path.encode() + b"\0")
+        fd = body.do(NR.openat, -100, address + len(argument), os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC, 0)
+        body.do(NR.ioctl, fd, request, address if any(argument) else 0)
         body.do(NR.close, fd)
 
     def make_zombies(self, zombies: list[Zombie]) -> None:
