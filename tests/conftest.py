@@ -33,7 +33,9 @@ REMEDY = {  # program -> Debian package, where the names differ
 
 def pytest_configure(config: pytest.Config) -> None:
     signal.signal(signal.SIGTERM, lambda *_: pytest.exit("terminated"))  # pods and mounts are removed all the same
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup(1) it is ignored, and so it would be by all commands
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT):  # ignored under nohup(1), in a script's background:
+        if signal.getsignal(number) is signal.SIG_IGN:  # so they would be by all commands that tests start
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     config.addinivalue_line("markers", "needs(*programs): programs without which the test fails, naming the package")
 
 
