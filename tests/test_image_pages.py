@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from podtree.errors import Damaged
-from podtree.image.pages import PageFile, Run, load_map, merge_runs, remove, subtract_runs
+from podtree.image.pages import PageFile, load_map, remove
+from podtree.kernel.pageruns import Run, merge_runs, subtract_runs
 from podtree.kernel.sys import PAGE_SIZE
 from podtree.pool.verify import verify_pages
 

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from podtree.errors import Damaged
+from podtree.kernel.pageruns import subtract_runs
 from podtree.kernel.sys import PAGE_SIZE
 from podtree.objects import contents
-from podtree.objects.contents import Contents, subtract_runs
+from podtree.objects.contents import Contents
 
 
 @pytest.fixture

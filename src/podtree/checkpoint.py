@@ -28,8 +28,9 @@ from podtree.freeze import Freezer, Frozen
 from podtree.image import manifest as manifest_file
 from podtree.image import pages
 from podtree.image.manifest import Clock, Manifest, StdioSet
-from podtree.image.pages import PageFile, Run
+from podtree.image.pages import PageFile
 from podtree.kernel import mm, procfs
+from podtree.kernel.pageruns import Run, merge_runs, subtract_runs
 from podtree.kernel.sys import PAGE_SIZE
 from podtree.mapcache import MapCache
 from podtree.objects import aio, descriptors, inotify, insight, memory, socketcommon, sockets, sysvipc
@@ -251,7 +252,7 @@ class Checkpointer:
                 for host, pages_ in self._seen.items()
                 for first, count in memory.written(host)
             )
-        except (OSError, ProcessLookupError):
+        except OSError:
             return False
 
     def _note_seen(self, manifest: Manifest, frozen: Frozen) -> None:
@@ -494,7 +495,7 @@ class Checkpointer:
         except (FileNotFoundError, ProcessLookupError):
             return 0  # it has ended meanwhile
         tracker.doubtful += scanned.written
-        return self._precopy_one(view, tracker, pages.merge_runs(scanned.written))
+        return self._precopy_one(view, tracker, merge_runs(scanned.written))
 
     def _precopy_one(self, view: ProcessView, tracker: Tracker, wanted: list[Run]) -> int:
         """Copy pages of a running address space straight to its page file; bytes copied."""
@@ -641,11 +642,11 @@ def _write_pages(mem_fd: int, copied: Copied) -> int:
 
 def _wanted(scanned: ScannedPages, tracker: Tracker) -> list[Run]:
     """What has to be copied: what was written since the page file was last right, and what is in doubt."""
-    scanned.saved = pages.merge_runs(scanned.saved)
+    scanned.saved = merge_runs(scanned.saved)
     if not tracker.complete:
         return scanned.saved
-    certain = pages.subtract_runs(scanned.saved, pages.merge_runs(tracker.doubtful))
-    return pages.merge_runs([*scanned.written, *pages.subtract_runs(scanned.saved, certain)])
+    certain = subtract_runs(scanned.saved, merge_runs(tracker.doubtful))
+    return merge_runs([*scanned.written, *subtract_runs(scanned.saved, certain)])
 
 
 def _with_guards(manifest: Manifest, copied: list[tuple[Copied, ScannedPages]]) -> Manifest:

@@ -103,25 +103,27 @@ class Tracees:
         for tid in tids:
             with suppress(ProcessLookupError):
                 ptrace.interrupt(tid)
-                ptrace.cont(tid)
-            del self.stopped[tid]
-            self.running.add(tid)
+            self._resume(tid)
         self._await_stops(time.monotonic() + patience_s)
 
     def run_shortly(self, tids: Iterable[int], patience_s: float) -> None:
         """Let stopped tasks run for a moment, also such as job control keeps stopped. Raises NotStopped."""
         wanted = list(tids)
         for tid in wanted:
-            with suppress(ProcessLookupError):
-                ptrace.cont(tid)
-            del self.stopped[tid]
-            self.running.add(tid)
+            self._resume(tid)
         if wanted:
             time.sleep(_MOMENT_S)
         for tid in wanted:
             with suppress(ProcessLookupError):
                 ptrace.interrupt(tid)
         self._await_stops(time.monotonic() + patience_s)
+
+    def _resume(self, tid: int) -> None:
+        """Let a stopped task run. One that was killed meanwhile is waited for as the others are."""
+        with suppress(ProcessLookupError):
+            ptrace.cont(tid)
+        del self.stopped[tid]
+        self.running.add(tid)
 
     def _seize_new(self, pids: Iterable[int]) -> int | None:
         """Seize all that aren't traced yet; they are running then. Returns one that can't be seized now, if any.

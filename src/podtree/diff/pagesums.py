@@ -7,7 +7,8 @@ import struct
 from pathlib import Path
 from typing import NamedTuple
 
-from podtree.image.pages import Run, load_map, merge_runs, subtract_runs
+from podtree.image.pages import load_map
+from podtree.kernel.pageruns import Run, merge_runs, subtract_runs
 
 
 class PageCount(NamedTuple):

@@ -15,14 +15,13 @@ import ctypes
 import hashlib
 import os
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import xxhash
 
 from podtree.errors import Damaged
+from podtree.kernel.pageruns import Run, subtract_runs
 from podtree.kernel.sys import PAGE_SIZE
-
-Run = tuple[int, int]  # first page, page count
 
 FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE = 1, 2  # linux/falloc.h
 _COMPARE_CHUNK = 256  # pages
@@ -35,38 +34,6 @@ def punch_hole(fd: int, offset: int, length: int) -> None:
     if _libc.fallocate(fd, mode, ctypes.c_long(offset), ctypes.c_long(length)):
         code = ctypes.get_errno()
         raise OSError(code, f"fallocate: {os.strerror(code)}")
-
-
-def merge_runs(runs: Iterable[Run]) -> list[Run]:
-    """Sorted runs with neighbours joined."""
-    merged: list[Run] = []
-    for first, count in sorted(runs):
-        if merged and merged[-1][0] + merged[-1][1] >= first:
-            start, length = merged[-1]
-            merged[-1] = (start, max(length, first + count - start))
-        else:
-            merged.append((first, count))
-    return merged
-
-
-def subtract_runs(runs: list[Run], minus: list[Run]) -> list[Run]:
-    """The pages of `runs` that aren't in `minus`; both sorted and merged."""
-    left: list[Run] = []
-    index = 0
-    for first, count in runs:
-        end = first + count
-        while index < len(minus) and minus[index][0] + minus[index][1] <= first:
-            index += 1
-        at = index
-        while first < end and at < len(minus) and minus[at][0] < end:
-            gap, length = minus[at]
-            if gap > first:
-                left.append((first, gap - first))
-            first = max(first, gap + length)
-            at += 1
-        if first < end:
-            left.append((first, end - first))
-    return left
 
 
 def load_map(dir_fd: int, name: str) -> list[Run]:

@@ -17,7 +17,7 @@ import xxhash
 from podtree.errors import Damaged
 from podtree.image import manifest as manifest_file
 from podtree.image.manifest import Manifest
-from podtree.image.pages import Run
+from podtree.kernel.pageruns import Run
 from podtree.kernel.sys import PAGE_SIZE
 from podtree.objects import contents
 from podtree.objects.memfd import MemoryFile

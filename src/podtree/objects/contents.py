@@ -29,6 +29,7 @@ from pathlib import Path
 import xxhash
 
 from podtree.errors import Damaged
+from podtree.kernel.pageruns import subtract_runs
 from podtree.kernel.sys import PAGE_SIZE
 
 DIRECTORY = "shm"
@@ -304,26 +305,6 @@ def clip_runs(runs: list[tuple[int, int]], start: int, end: int) -> Iterator[tup
         if first < last:
             yield first, last - first
         at += 1
-
-
-def subtract_runs(old: list[tuple[int, int]], new: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Pages in `old` that are not in `new`; both ascending without overlap."""
-    result = []
-    index = 0
-    for first, count in old:
-        position, end = first, first + count
-        while index < len(new) and new[index][0] + new[index][1] <= position:
-            index += 1
-        at = index
-        while position < end:
-            if at == len(new) or new[at][0] >= end:
-                result.append((position, end - position))
-                break
-            if new[at][0] > position:
-                result.append((position, new[at][0] - position))
-            position = max(position, new[at][0] + new[at][1])
-            at += 1
-    return result
 
 
 def _parse_map(raw: bytes) -> list[tuple[int, int]] | None:

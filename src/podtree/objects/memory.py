@@ -19,11 +19,11 @@ import msgspec
 
 from podtree.errors import RestoreFailed
 from podtree.kernel import mm, procfs
+from podtree.kernel.pageruns import subtract_runs
 from podtree.kernel.procfs import MapEntry
 from podtree.kernel.sys import NR, PAGE_SIZE
 from podtree.objects import aio
 from podtree.objects.aio import AioRing
-from podtree.objects.contents import subtract_runs
 from podtree.script.task import Script
 
 ARCH_MAP_VDSO_64 = 0x2003
@@ -247,10 +247,7 @@ def scan(pid: int, entries: list[MapEntry], *, tracked: bool) -> ScannedPages:
     private = [e for e in entries if is_trackable(e)]
     of_files = [e for e in private if e.inode]
     pages = ScannedPages([], [], [])
-    try:
-        fd = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError as error:
-        raise ProcessLookupError(error.errno, f"process {pid} has ended") from error
+    fd = _open_pagemap(pid)
     try:
         if tracked:
             for start, end, near_files in _stretches(of_files):
@@ -267,6 +264,13 @@ def scan(pid: int, entries: list[MapEntry], *, tracked: bool) -> ScannedPages:
     finally:
         os.close(fd)
     return pages
+
+
+def _open_pagemap(pid: int) -> int:
+    try:
+        return os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError as error:
+        raise ProcessLookupError(error.errno, f"process {pid} has ended") from error
 
 
 _NEAR = 256 << 10  # bytes; walking over so much of other memory takes no longer than another call
@@ -334,10 +338,7 @@ def _take(pages: ScannedPages, pagemap_fd: int, regions: list[Region], of_files:
 
 def written(pid: int) -> list[tuple[int, int]]:
     """Runs of tracked pages written since the last `scan`; the next finds them too. ProcessLookupError as there."""
-    try:
-        fd = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError as error:
-        raise ProcessLookupError(error.errno, f"process {pid} has ended") from error
+    fd = _open_pagemap(pid)
     wanted = mm.PAGE_IS_WPALLOWED | mm.PAGE_IS_WRITTEN | mm.PAGE_IS_PFNZERO
     present = mm.PAGE_IS_PRESENT | mm.PAGE_IS_SWAPPED
     no_file = mm.PAGE_IS_FILE

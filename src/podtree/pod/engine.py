@@ -12,6 +12,7 @@ from podtree.kernel import caps
 from podtree.pod import privileges
 from podtree.pod.cgroup import Cgroup
 from podtree.pod.live import LivePod
+from podtree.pool.pool import LOCK_SECONDS
 from podtree.pool.records import CheckpointId, PodState
 
 if TYPE_CHECKING:
@@ -111,7 +112,7 @@ def checkpoint(
     `recorded`: it is the recorder's, who doesn't wait for other commands, and may be thinned.
     """
     supervisor.running()
-    draft = supervisor.pool.begin_checkpoint(supervisor.record.id, **({"patience_s": 0} if recorded else {}))
+    draft = supervisor.pool.begin_checkpoint(supervisor.record.id, 0 if recorded else LOCK_SECONDS)
     try:
         summary: dict[str, Any] = supervisor.checkpointer.get().checkpoint(
             draft, stop=stop, message=message, settle=supervisor.drain_output,

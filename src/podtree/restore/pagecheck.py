@@ -15,8 +15,9 @@ from typing import NoReturn
 from podtree.errors import RestoreFailed
 from podtree.image import verify
 from podtree.image.manifest import Manifest
-from podtree.image.pages import Run, load_map, merge_runs
+from podtree.image.pages import load_map
 from podtree.kernel import userfaultfd
+from podtree.kernel.pageruns import Run, merge_runs
 from podtree.kernel.prctl import Prctl, prctl
 from podtree.kernel.sys import PAGE_SIZE
 from podtree.pod import wire

@@ -32,9 +32,9 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 from podtree.errors import RestoreFailed
-from podtree.image.pages import Run
 from podtree.image.verify import SavedPages
 from podtree.kernel import mm, userfaultfd
+from podtree.kernel.pageruns import Run
 from podtree.kernel.pidfd import pidfd_send_signal
 from podtree.kernel.prctl import set_name
 from podtree.kernel.sys import NR, PAGE_SIZE, syscall

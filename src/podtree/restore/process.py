@@ -11,9 +11,10 @@ import time
 from dataclasses import dataclass
 
 from podtree.errors import RestoreFailed
-from podtree.image.pages import Run, load_map
+from podtree.image.pages import load_map
 from podtree.image.verify import SavedPages
 from podtree.kernel import fdops, mm, mqueue, procfs, ptrace, userfaultfd
+from podtree.kernel.pageruns import Run
 from podtree.kernel.pidfd import pidfd_getfd, pidfd_open
 from podtree.kernel.sys import NR, PAGE_SIZE
 from podtree.objects import aio, memory, processes, scheduling, signals, sysvipc, threads, timers
