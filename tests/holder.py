@@ -10,6 +10,7 @@ import os
 import shutil
 import signal
 import subprocess
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ from podtree.kernel.pidfd import pidfd_open
 from podtree.objects import insight
 from podtree.objects.contents import Contents
 from podtree.objects.context import CollectContext, FrozenProcess, RestoreContext
-from podtree.objects.descriptors import Deferred, Fd, FileTable, OpenFile, restore_files
+from podtree.objects.descriptors import Deferred, Fd, FileTable, OpenFile, arm_timers, restore_files
 from podtree.objects.mqueue import PosixQueue
 from podtree.objects.tmpfs import TmpfsMount, collect_tmpfs, restore_tmpfs
 
@@ -232,6 +233,7 @@ class World:
             for each in saved.tmpfs:
                 restore_tmpfs(each, ctx)
             deferred = restore_files(saved.files, ctx, SLOTS)
+            arm_timers(saved.files, lambda number: os.dup(SLOTS + number), time.monotonic_ns())
             wanted = {fd.fd: fd for fds in saved.fds.values() for fd in fds}
             mine = [log, image, *self.root_fds]
             for number in range(3, SLOTS):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import enum
+import functools
 import struct
 
 from podtree.kernel.prctl import Prctl, prctl
@@ -64,11 +65,16 @@ def mask(caps: frozenset[Cap]) -> int:
     return sum(1 << cap for cap in caps)
 
 
+@functools.cache
+def last_cap() -> int:
+    """The highest that this kernel knows."""
+    with open("/proc/sys/kernel/cap_last_cap", encoding="ascii") as file:
+        return int(file.read())
+
+
 def drop_bounding(keep: frozenset[Cap]) -> None:
     """Take everything but `keep` out of the bounding set, newer capabilities than we know included."""
-    with open("/proc/sys/kernel/cap_last_cap", encoding="ascii") as file:
-        last = int(file.read())
-    for number in range(last + 1):
+    for number in range(last_cap() + 1):
         if number not in keep and prctl(Prctl.CAPBSET_READ, number):
             prctl(Prctl.CAPBSET_DROP, number)
 

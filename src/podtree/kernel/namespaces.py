@@ -79,16 +79,16 @@ def clone_python(flags: Clone, set_tid: tuple[int, ...] = ()) -> int:
     return pid
 
 
-def set_time_offsets(monotonic_ns: int, boottime_ns: int) -> None:
-    """Offsets of the new time namespace that this process's children will live in.
+def set_time_offsets(monotonic_ns: int, boottime_ns: int, pid: int | str = "self") -> None:
+    """Offsets of the new time namespace that a process's children will live in.
 
-    Only before the first child: time_namespaces(7). `unshare(Clone.NEWTIME)` comes first.
+    Only before there is anybody in it: time_namespaces(7). `unshare(Clone.NEWTIME)` comes first.
     """
     lines = []
     for clock, offset in (("monotonic", monotonic_ns), ("boottime", boottime_ns)):
         seconds, nanoseconds = divmod(offset, 1_000_000_000)
         lines.append(f"{clock} {seconds} {nanoseconds}\n")
-    fd = os.open("/proc/self/timens_offsets", os.O_WRONLY | os.O_CLOEXEC)
+    fd = os.open(f"/proc/{pid}/timens_offsets", os.O_WRONLY | os.O_CLOEXEC)
     try:
         os.write(fd, "".join(lines).encode())
     finally:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -100,11 +99,3 @@ class RestoreContext:
     host_proc_fd: int  # O_PATH on a /proc that works: inside the builder /proc isn't mounted
     queues: tuple[PosixQueue, ...] = ()  # POSIX message queues that have a name
     stdio_fds: tuple[int, ...] = ()  # pod-side ends of new stdio pipes, numbered as at collection; -1: none
-    clock_offset_ns: int = 0  # the pod's CLOCK_MONOTONIC less ours
-
-    def late_ns(self, read_ns: int) -> int:
-        """Time that has passed for the pod since `read_ns` of its CLOCK_MONOTONIC, the restore's own included.
-
-        Negative for what was read after the instant at which that clock goes on: the pod is there once more.
-        """
-        return time.monotonic_ns() + self.clock_offset_ns - read_ns

@@ -13,7 +13,7 @@ import fcntl
 import os
 import resource
 import stat
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from podtree.kernel import fdops
 from podtree.kernel.fdinfo import FdInfo, read_fdinfo
 from podtree.kernel.kcmp import compare_files
 from podtree.kernel.pidfd import pidfd_getfd, pidfd_open
-from podtree.objects import epoll, files, inotify, kinds, mqueue, signalfd, tty
+from podtree.objects import epoll, files, inotify, kinds, mqueue, signalfd, timerfd, tty
 from podtree.objects.contents import Contents
 from podtree.objects.context import CollectContext, FrozenProcess, RestoreContext
 from podtree.objects.held import Held, PodView, pod_id
@@ -213,7 +213,7 @@ class FileTable:
     def _refuse_too_many(self, found: list[OpenFile]) -> None:
         """What this machine couldn't restore is not to be saved."""
         base = slot_base(max((number for held in self.all for _, number in held.holders), default=0))
-        if reason := too_many(_numbers_needed(base, found)):
+        if reason := too_many(numbers_needed(base, found)):
             self.ctx.refuse(None, "descriptors", reason, RAISE_LIMIT)
 
     def _owner(self, held: Held) -> Owner | None:
@@ -323,10 +323,10 @@ class Deferred:
     end: int = 0
 
 
-def _numbers_needed(base: int, entries: list[OpenFile]) -> int:
+def numbers_needed(base: int, entries: Sequence[OpenFile]) -> int:
     """How many descriptors the builder needs: the slots, and what is made all at once before it is placed."""
     passing = sum(not isinstance(entry.what, files.RegularFile) for entry in entries)
-    return base + len(entries) + max(0, passing - base)
+    return max((e.id for e in entries), default=-1) + 1 + max(base, passing)
 
 
 def restore_files(entries: list[OpenFile], ctx: RestoreContext, slot_base: int) -> Deferred:
@@ -366,6 +366,19 @@ def restore_files(entries: list[OpenFile], ctx: RestoreContext, slot_base: int) 
     return deferred
 
 
+def arm_timers(entries: Iterable[OpenFile], fetch: Callable[[int], int], pod_now_ns: int) -> None:
+    """Have the timers of restored timerfds go on. `fetch(id)`: a descriptor of that OpenFile, ours to close.
+    `pod_now_ns`: CLOCK_MONOTONIC of the pod, now. Outside of the pod's time namespace. Raises OSError.
+    """
+    for entry in entries:
+        if isinstance(entry.what, timerfd.TimerFd):
+            fd = fetch(entry.id)
+            try:
+                timerfd.arm(fd, entry.what, pod_now_ns - entry.what.read_ns)
+            finally:
+                os.close(fd)
+
+
 def _validate(entries: list[OpenFile]) -> None:
     ids = [e.id for e in entries]
     if len(set(ids)) != len(ids) or any(not 0 <= number < MAX_FILES for number in ids):
@@ -380,7 +393,7 @@ class _Slots:
         self.by_id = {e.id: e for e in entries}
         self.deferred = Deferred()
         self.end = base + max(self.by_id, default=-1) + 1
-        if reason := too_many(max(self.end, _numbers_needed(base, entries))):
+        if reason := too_many(max(self.end, numbers_needed(base, entries))):
             raise RestoreFailed(f"descriptors: {reason}", RAISE_LIMIT)
         dummy = os.open("/", os.O_PATH | os.O_CLOEXEC)
         for number in self.by_id:

@@ -231,11 +231,11 @@ def make_all(
         yield number, devices.restore(state, flags)
     yield from mqueue.restore_queues(ctx.queues, of(mqueue.QueueFile)).items()
     yield from pipes.restore_pipes(of(pipes.Pipe, pipes.StdioPipe), ctx).items()
-    for module, kind in ((eventfd, eventfd.EventFd), (signalfd, signalfd.SignalFd)):
+    for module, kind in (
+        (eventfd, eventfd.EventFd), (signalfd, signalfd.SignalFd), (timerfd, timerfd.TimerFd)
+    ):  # fmt: skip
         for number, _, state in of(kind):
             yield number, module.restore(state)
-    for number, _, state in of(timerfd.TimerFd):
-        yield number, timerfd.restore(state, ctx.late_ns(state.read_ns))
     for number, _, state in of(epoll.Epoll):
         yield number, epoll.restore(state)
     for number, _, state in of(inotify.Inotify):

@@ -53,12 +53,20 @@ def collect(held: Held, clock_offset_ns: int) -> TimerFd:
     return state
 
 
-def restore(state: TimerFd, late: int) -> int:
-    """A new timerfd. The builder is outside of the pod's time namespace: absolute values are its own clock's.
+def restore(state: TimerFd) -> int:
+    """A new timerfd with its unread expirations; `arm` follows, when it is known when the pod goes on."""
+    fd = timers_abi.timerfd_create(state.clock, timers_abi.CLOEXEC)
+    if state.ticks:
+        timers_abi.timerfd_set_ticks(fd, state.ticks)
+    return fd
+
+
+def arm(fd: int, state: TimerFd, late: int) -> None:
+    """Have a restored timerfd go on. The caller is outside of the pod's time namespace: absolute values are its own
+    clock's.
 
     `late` ns have passed for the pod since the timer was read: they count as run down.
     """
-    fd = timers_abi.timerfd_create(state.clock, timers_abi.CLOEXEC)
     flags = state.settime_flags & (TFD_TIMER_ABSTIME | TFD_TIMER_CANCEL_ON_SET)
     value, ticks = state.remaining, state.ticks
     if value and not state.expires:
@@ -75,4 +83,3 @@ def restore(state: TimerFd, late: int) -> int:
         timers_abi.timerfd_settime(fd, flags, value, state.interval)
     if ticks:
         timers_abi.timerfd_set_ticks(fd, ticks)
-    return fd

@@ -30,6 +30,7 @@ from podtree.kernel.mount import MountAttr
 from podtree.kernel.namespaces import Clone, clone_python, loopback_up, set_time_offsets, unshare
 from podtree.kernel.pidfd import pidfd_open
 from podtree.kernel.prctl import Prctl, prctl
+from podtree.objects.slots import raise_descriptor_limit
 from podtree.pod import containment, wire
 from podtree.pod.cgroup import Cgroup
 from podtree.pod.dirs import PodDirs
@@ -127,17 +128,20 @@ def launch(
     spec: PodSpec,
     dirs: PodDirs,
     cgroup: Cgroup,
-    clock: ClockOffsets,
+    clock: ClockOffsets | None,
     in_builder: InBuilder,
     as_init: AsInit,
     *,
     inherit: Sequence[int] = (),
+    numbers: int = 0,
     built: Callable[[], None] | None = None,
 ) -> Launched:
     """Start a pod; returns once its first process has executed its program.
 
     `inherit`: descriptors that builder and first process get at their own numbers, close-on-exec or not as
-    they are; all others of the caller are closed there. `in_builder` returns something msgpack can carry.
+    they are; all others of the caller are closed there. `numbers`: about how many they are going to have. Without a
+    `clock` the pod has no time namespace yet: who starts it gives it one later. `in_builder` returns something
+    msgpack can carry.
     `built` is called when the builder is gone and the first process has not gone on yet.
     The first process is a child of the caller, who owns everything in the result.
     Raises LaunchFailed, or whatever PodtreeError the builder or `as_init` met; then nothing is left running
@@ -150,7 +154,7 @@ def launch(
     pid = os.fork()
     if pid == 0:
         builder = Builder(spec, dirs, cgroup, log, -1, report_w)
-        _builder_main(builder, theirs, go_r, clock, in_builder, as_init, inherit)
+        _builder_main(builder, theirs, go_r, clock, in_builder, as_init, inherit, numbers)
     theirs.close()
     for fd in (report_w, go_r, log):
         os.close(fd)
@@ -242,10 +246,11 @@ def _builder_main(
     builder: Builder,
     channel: socket.socket,
     go_r: int,
-    clock: ClockOffsets,
+    clock: ClockOffsets | None,
     in_builder: InBuilder,
     as_init: AsInit,
     inherit: Sequence[int],
+    numbers: int,
 ) -> NoReturn:
     """The builder, from fork to its end; every error goes to the supervisor."""
     try:
@@ -255,6 +260,7 @@ def _builder_main(
         _enter_cgroup_namespace(channel)
         builder.make_stdio(INIT, builder.spec.stdio, merged=builder.spec.merged)
         _show_console(builder)
+        _make_room_for(numbers)
         gc.disable()  # the descriptor table is shared from here on: a collection must not close anything
         pid = clone_python(Clone.PARENT | Clone.FILES)
         if pid == 0:
@@ -274,6 +280,17 @@ def _builder_main(
     os._exit(0)
 
 
+def _make_room_for(numbers: int) -> None:
+    """Have the table of descriptors as large as it will be. Where it is shared, and it is from here on, each growth
+    waits until no processor can be looking at the old one: some 10 ms (fs/file.c, expand_fdtable).
+    """
+    if raise_descriptor_limit(numbers) >= numbers > 1:
+        null = os.open("/", os.O_PATH | os.O_CLOEXEC)
+        os.dup2(null, numbers - 1, inheritable=False)
+        os.close(numbers - 1)
+        os.close(null)
+
+
 def make_pipes(merged: bool) -> tuple[PodStdio, tuple[int, int, int | None]]:
     """Three pipes, or with `merged` one for stdin and one for both outputs: the pod's side, the supervisor's."""
     (in_r, in_w), (out_r, out_w) = os.pipe2(os.O_CLOEXEC), os.pipe2(os.O_CLOEXEC)
@@ -283,18 +300,20 @@ def make_pipes(merged: bool) -> tuple[PodStdio, tuple[int, int, int | None]]:
     return PodStdio("pipes", (in_r, out_w, err_w)), (in_w, out_r, err_r)
 
 
-def _make_world(builder: Builder, clock: ClockOffsets) -> None:
+def _make_world(builder: Builder, clock: ClockOffsets | None) -> None:
     """Namespaces and mounts; the root becomes the pod's."""
     spec, dirs = builder.spec, builder.dirs
     os.umask(0)
     wire.leave_keyring()
     builder.host_proc_fd = os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     containment.prepare_volume(spec, dirs)
-    unshare(Clone.NEWNS | Clone.NEWNET | Clone.NEWIPC | Clone.NEWUTS | Clone.NEWTIME | Clone.NEWPID)
-    try:
-        set_time_offsets(clock.monotonic_ns, clock.boottime_ns)
-    except OSError as error:
-        raise LaunchFailed(f"the pod's clocks can't be set: {error.strerror}") from error
+    unshare(Clone.NEWNS | Clone.NEWNET | Clone.NEWIPC | Clone.NEWUTS | Clone.NEWPID)
+    if clock is not None:
+        unshare(Clone.NEWTIME)
+        try:
+            set_time_offsets(clock.monotonic_ns, clock.boottime_ns)
+        except OSError as error:
+            raise LaunchFailed(f"the pod's clocks can't be set: {error.strerror}") from error
     mount.make_private()
     loopback_up()
     _allow_low_ports()

@@ -11,7 +11,6 @@ import socket
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NoReturn
 
 import msgspec
@@ -20,13 +19,13 @@ from podtree.errors import RestoreFailed
 from podtree.image import manifest as manifest_file
 from podtree.image import verify
 from podtree.image.manifest import Manifest
-from podtree.kernel import procfs, ptrace, userfaultfd
+from podtree.kernel import caps, procfs, ptrace, userfaultfd
 from podtree.kernel.namespaces import Clone, clone_python, setns
 from podtree.kernel.pidfd import pidfd_getfd, pidfd_open
 from podtree.kernel.sys import NR, syscall
 from podtree.objects import inotify, sysvipc, tmpfs
 from podtree.objects.context import RestoreContext
-from podtree.objects.descriptors import Deferred, restore_files
+from podtree.objects.descriptors import Deferred, arm_timers, numbers_needed, restore_files
 from podtree.objects.memory import free_gap
 from podtree.objects.slots import raise_descriptor_limit, slot_base
 from podtree.pod.cgroup import Cgroup
@@ -38,8 +37,9 @@ from podtree.restore import arena, pager, plan
 from podtree.restore.arena import Body
 from podtree.restore.late import LateFiles
 from podtree.restore.pagecheck import PageCheck
-from podtree.restore.pager import Filling
+from podtree.restore.pager import Filling, Lazy
 from podtree.restore.process import ProcessRestorer, Shared
+from podtree.restore.time import enter_new_time, join_time
 from podtree.restore.tree import Tree
 from podtree.restore.validate import Bounds, confine, explained
 from podtree.script import vdso
@@ -78,6 +78,7 @@ class _Layout:
         highest = max((f.fd for p in manifest.processes for f in p.fds), default=0)
         self.slot_base = slot_base(highest)
         self.page_names = verify.page_files(manifest)
+        self.numbers = numbers_needed(self.slot_base, manifest.files) + len(self.page_names) + 1
 
 
 def restore_pod(
@@ -88,80 +89,229 @@ def restore_pod(
     `verified`: the image was looked at by `restore.verify` just now. The caller is the parent of the pod's first
     process. Raises RestoreFailed, Damaged or Unsupported; nothing is left running then.
     """
-    try:
-        return _restore_pod(pod_id, spec, dirs, cgroup, bounds, verified)
-    except BaseException as error:
-        raise explained(error) from error
+    restore = Restore(spec, dirs, cgroup, bounds, verified=verified)
+    restore.complete()
+    return restore.go(pod_id, dirs)
 
 
-def _restore_pod(
-    pod_id: str, spec: PodSpec, dirs: PodDirs, cgroup: Cgroup, bounds: Bounds, verified: bool
-) -> LivePod:
-    image_fd = os.open(dirs.img, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    stem_fd = -1
-    check: PageCheck | None = None
-    try:
-        manifest = manifest_file.load(image_fd)
-        check_machine(manifest)
-        manifest = confine(manifest, bounds)
-        if not verified:
-            check = PageCheck(image_fd, manifest)
-        steps = plan.plan_tree([p.place for p in manifest.processes] + [z.place for z in manifest.zombies])
-        layout = _Layout(manifest, bounds)
-        stem_fd = _stem_file(layout.stem)
-        clock = _clock_offsets(manifest)
+class Restore:
+    """A pod on its way back, in two parts.
 
-        def in_builder(builder: Builder) -> Any:
-            return _make_objects(builder, manifest, layout, image_fd, clock)
+    Made, it has everything that isn't of the moment: its world, files, tree and memory. `complete` does what has to
+    do with when it goes on: clocks, timers, threads, pending signals; then `go`. In between somebody may let time
+    pass, if that was said (`waits`). Each raises RestoreFailed, Damaged or Unsupported, and nothing is left then;
+    else `go` or `abandon` has to follow.
+    """
 
-        def as_init(builder: Builder) -> NoReturn:
-            _become_stem(layout.slot_base, stem_fd)
-
-        launched = launch(spec, dirs, cgroup, clock, in_builder, as_init, inherit=[image_fd, stem_fd])
-        made = msgspec.convert(launched.result, _Made)
-        family: list[int] = []
-        fillings: list[Filling] = []
+    def __init__(
+        self,
+        spec: PodSpec,
+        dirs: PodDirs,
+        cgroup: Cgroup,
+        bounds: Bounds,
+        *,
+        verified: bool = False,
+        waits: bool = False,
+    ) -> None:
+        self.spec = spec
+        self.cgroup = cgroup
+        self.bounds = bounds
+        self._waits = waits
+        self._run = dirs.run
+        self._clock = ClockOffsets()
+        self._sessions: dict[str, ExecSession] = {}
+        self._restorers: list[ProcessRestorer] = []
+        self._family: list[int] = []
+        self._filling: Filling | None = None
+        self._launched: Launched | None = None
+        self._image_fd = os.open(dirs.img, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._stem_fd = -1
         try:
-            restorers, roots = _grow(
-                manifest, steps, layout, launched, made, image_fd, stem_fd, family, clock, dirs.run, fillings
-            )
+            self._prepare(dirs, verified)
+        except BaseException as error:
+            self.abandon()
+            raise explained(error) from error
+
+    def _prepare(self, dirs: PodDirs, verified: bool) -> None:
+        manifest = manifest_file.load(self._image_fd)
+        check_machine(manifest)
+        self._manifest = manifest = confine(manifest, self.bounds)
+        check = None if verified else PageCheck(self._image_fd, manifest)
+        try:
+            steps = plan.plan_tree([p.place for p in manifest.processes] + [z.place for z in manifest.zombies])
+            self._layout = layout = _Layout(manifest, self.bounds)
+            self._stem_fd = _stem_file(layout.stem)
+
+            def in_builder(builder: Builder) -> Any:
+                return _make_objects(builder, manifest, layout, self._image_fd)
+
+            def as_init(builder: Builder) -> NoReturn:
+                _become_stem(layout.slot_base, self._stem_fd)
+
+            self._launched = launch(
+                self.spec, dirs, self.cgroup, None, in_builder, as_init,
+                inherit=[self._image_fd, self._stem_fd], numbers=layout.numbers,
+            )  # fmt: skip
+            self._made = msgspec.convert(self._launched.result, _Made)
+            self._grow(steps)
             if check is not None:
                 check.finish()
+        finally:
+            if check is not None:
+                check.close()
+
+    def complete(self) -> None:
+        """All but the last step: every task is what it was, and stopped."""
+        assert self._launched is not None
+        try:
+            if self._waits:
+                self._set_clock()
+            with _asleep(self._manifest, self._launched, self._layout) as sleepers:
+                self._bring_back()
+                sleepers.arm()
         except BaseException as error:
-            _end(launched, family)
-            failure = None
-            for filling in fillings:
-                failure = filling.failure()
-                filling.abandon()
-            if failure is not None:
-                raise failure from error
-            raise
+            raise explained(self._end() or error) from error
+
+    def go(self, pod_id: str, dirs: PodDirs) -> LivePod:
+        """Let it run. `dirs`: where its things lie by now."""
+        assert self._launched is not None
+        launched, self._launched = self._launched, None
+        self._close()
         live = LivePod(
             pod_id=pod_id,
-            spec=spec,
+            spec=self.spec,
             dirs=dirs,
             init_pid=launched.init_pid,
             init_pidfd=launched.init_pidfd,
             root_fd=launched.root_fd,
-            cgroup=cgroup,
-            clock=clock,
+            cgroup=self.cgroup,
+            clock=self._clock,
             stdio=launched.stdio,
-            sessions=roots,
-            filling=next(iter(fillings), None),
+            sessions=self._sessions,
+            filling=self._filling,
         )
-        cgroup.limit_tasks(spec.pids)
-        for restorer in restorers:
+        self.cgroup.limit_tasks(self.spec.pids)
+        for restorer in self._restorers:
             restorer.go()
         return live
-    finally:
-        if check is not None:
-            check.close()
-        os.close(image_fd)
-        if stem_fd >= 0:
-            os.close(stem_fd)
+
+    def abandon(self) -> None:
+        """End all that was made. Does nothing after `go`."""
+        self._end()
+
+    def _end(self) -> Exception | None:
+        """Returns why memory could not come in, if that is what went wrong."""
+        failure = None
+        if self._launched is not None:
+            _end(self._launched, self._family)
+            self._launched = None
+            if self._filling is not None:
+                failure = self._filling.failure()
+                self._filling.abandon()
+            else:
+                for lazy in self._lazies():
+                    os.close(lazy.uffd)
+                    lazy.pages.close()
+        self._close()
+        return failure
+
+    def _close(self) -> None:
+        for fd in (self._image_fd, self._stem_fd):
+            if fd >= 0:
+                os.close(fd)
+        self._image_fd = self._stem_fd = -1
+
+    def _grow(self, steps: list[plan.Step]) -> None:
+        """All processes, with their memory."""
+        assert self._launched is not None
+        launched, manifest, layout = self._launched, self._manifest, self._layout
+        names = {one.pid: one.name for one in manifest.stdio}
+
+        def root_body(pid: int) -> Body:
+            if pid == 1:
+                host = launched.init_pid
+            else:
+                host = _spawn_outside(launched, pid, layout, self._made.end, self._stem_fd)
+                name = names.get(pid, f"exec-pid-{pid}")
+                self._sessions[name] = ExecSession(name, host, pidfd_open(host))
+            self._family.append(host)
+            _seize(host)
+            body = arena.enter_arena(host, layout.stem, layout.arena, self._family)
+            if pid == 1 and not self._waits:  # all others are born with it
+                self._clock = _go_on_from(manifest)
+                enter_new_time(body, self._clock, self._made.proc_slot)
+            return body
+
+        self._tree = tree = Tree(layout.arena, root_body)
+        places = [p.place for p in manifest.processes]
+        tree.grow(steps, places)
+        _check_cpu(manifest, launched.init_pid)
+        tree.verify(places)
+        self._shared = Shared(
+            slot_base=layout.slot_base,
+            page_slots=self._made.page_slots,
+            image_dir_fd=self._image_fd,
+            deferred=self._made.deferred,
+            flags={f.id: f.flags for f in manifest.files},
+            holders=_first_holders(manifest),
+            epoll_holders={file: pid for (_, file), pid in reversed(_first_holders(manifest).items())},
+            segments={segment.id: segment.size for segment in manifest.ipc.segments},
+            last_cap=caps.last_cap(),
+            lazily=userfaultfd.is_available(),
+            ipc=manifest.ipc,
+        )
+        self._restorers = [ProcessRestorer(p, tree.bodies[p.place.pid], self._shared) for p in manifest.processes]
+        for restorer in self._restorers:
+            restorer.map_memory()
+
+    def _lazies(self) -> list[Lazy]:
+        """Memory that is to come later."""
+        return [r.later for r in self._restorers if r.later]
+
+    def _set_clock(self) -> None:
+        """The pod's clocks go on now."""
+        self._clock = _go_on_from(self._manifest)
+        first = self._tree.bodies[1]
+        enter_new_time(first, self._clock, self._made.proc_slot)
+        for body in self._tree.bodies.values():
+            if body is not first:
+                join_time(body)
+
+    def _bring_back(self) -> None:
+        """Make each process of the tree what it was."""
+        assert self._launched is not None
+        manifest, tree, shared, restorers = self._manifest, self._tree, self._shared, self._restorers
+        shared.clock_offset_ns = self._clock.monotonic_ns
+        for restorer in restorers:
+            restorer.clone_threads()
+        _make_late_files(manifest, tree, self._layout, shared)
+        tree.make_zombies(list(manifest.zombies))
+        if manifest.last_pid:
+            tree.set_last_pid(manifest.last_pid, self._made.proc_slot)
+        tree.settle_terminals([p.place for p in manifest.processes])
+        # Before a script touches what is missing:
+        self._filling = pager.start(self._lazies(), self._run, self._launched.init_pidfd)
+        arm_timers(manifest.files, self._file, time.monotonic_ns() + self._clock.monotonic_ns)
+        for restorer in restorers:
+            restorer.set_attributes()
+        for restorer in restorers:
+            restorer.change_semaphores_last()
+            restorer.set_threads()
+            restorer.apply_outside_state()
+            restorer.set_leader()
+        sysvipc.settle(manifest.ipc, self._launched.init_pid)
+        for restorer in _children_first(restorers):
+            children = [r.process for r in restorers if r.process.place.ppid == restorer.pid]
+            restorer.hear_of_children(children)
+            restorer.finish()
+
+    def _file(self, number: int) -> int:
+        """A duplicate of a restored file, as long as it is in its slot."""
+        assert self._launched is not None
+        return pidfd_getfd(self._launched.init_pidfd, self._layout.slot_base + number)
 
 
-def _clock_offsets(manifest: Manifest) -> ClockOffsets:
+def _go_on_from(manifest: Manifest) -> ClockOffsets:
     """The pod's clocks go on from where they stood."""
     return ClockOffsets(
         manifest.clock.monotonic_ns - time.clock_gettime_ns(time.CLOCK_MONOTONIC),
@@ -188,9 +338,7 @@ class _Made:
     end: int  # first number above all slots
 
 
-def _make_objects(
-    builder: Builder, manifest: Manifest, layout: _Layout, image_fd: int, clock: ClockOffsets
-) -> Any:
+def _make_objects(builder: Builder, manifest: Manifest, layout: _Layout, image_fd: int) -> Any:
     """In the builder: everything that isn't a task. Descriptors end in their slots."""
     socket.sethostname(manifest.hostname)
     context = RestoreContext(
@@ -200,7 +348,6 @@ def _make_objects(
         host_proc_fd=builder.host_proc_fd,
         queues=manifest.queues,
         stdio_fds=_make_stdio(builder, manifest),
-        clock_offset_ns=clock.monotonic_ns,
     )
     sysvipc.restore(manifest.ipc, context)
     for mount in manifest.tmpfs:
@@ -248,42 +395,6 @@ def _seize(tid: int) -> None:
         ptrace.cont(tid)
 
 
-def _grow(
-    manifest: Manifest,
-    steps: list[plan.Step],
-    layout: _Layout,
-    launched: Launched,
-    made: _Made,
-    image_fd: int,
-    stem_fd: int,
-    family: list[int],
-    clock: ClockOffsets,
-    run: Path,
-    fillings: list[Filling],
-) -> tuple[list[ProcessRestorer], dict[str, ExecSession]]:
-    """All tasks, complete and stopped. The pager, if there is one, is in `fillings`."""
-    roots: dict[str, ExecSession] = {}
-    names = {one.pid: one.name for one in manifest.stdio}
-
-    def root_body(pid: int) -> Body:
-        if pid == 1:
-            host = launched.init_pid
-        else:
-            host = _spawn_outside(launched, pid, layout, made.end, stem_fd)
-            name = names.get(pid, f"exec-pid-{pid}")
-            roots[name] = ExecSession(name, host, pidfd_open(host))
-        family.append(host)
-        _seize(host)
-        return arena.enter_arena(host, layout.stem, layout.arena, family)
-
-    tree = Tree(layout.arena, root_body)
-    tree.grow(steps, [p.place for p in manifest.processes])
-    with _asleep(manifest, launched, layout) as sleepers:
-        restorers = _bring_back(manifest, tree, layout, launched, made, image_fd, clock, run, fillings)
-        sleepers.arm()
-    return restorers, roots
-
-
 @contextlib.contextmanager
 def _asleep(manifest: Manifest, launched: Launched, layout: _Layout) -> Iterator[inotify.Sleepers]:
     """The pod's inotify watches, which are not to be told of the restore."""
@@ -296,66 +407,6 @@ def _asleep(manifest: Manifest, launched: Launched, layout: _Layout) -> Iterator
     finally:
         sleepers.close()
         resource.setrlimit(resource.RLIMIT_NOFILE, limit)
-
-
-def _bring_back(
-    manifest: Manifest,
-    tree: Tree,
-    layout: _Layout,
-    launched: Launched,
-    made: _Made,
-    image_fd: int,
-    clock: ClockOffsets,
-    run: Path,
-    fillings: list[Filling],
-) -> list[ProcessRestorer]:
-    """Make each process of the tree what it was."""
-    _check_cpu(manifest, launched.init_pid)
-    places = [p.place for p in manifest.processes]
-    tree.verify(places)
-    with open("/proc/sys/kernel/cap_last_cap") as file:
-        last_cap = int(file.read())
-    shared = Shared(
-        slot_base=layout.slot_base,
-        page_slots=made.page_slots,
-        image_dir_fd=image_fd,
-        deferred=made.deferred,
-        flags={f.id: f.flags for f in manifest.files},
-        holders=_first_holders(manifest),
-        epoll_holders={file: pid for (_, file), pid in reversed(_first_holders(manifest).items())},
-        segments={segment.id: segment.size for segment in manifest.ipc.segments},
-        last_cap=last_cap,
-        clock_offset_ns=clock.monotonic_ns,
-        lazily=userfaultfd.is_available(),
-        ipc=manifest.ipc,
-    )
-    restorers = [ProcessRestorer(p, tree.bodies[p.place.pid], shared) for p in manifest.processes]
-    for restorer in restorers:
-        restorer.clone_threads()
-    _make_late_files(manifest, tree, layout, shared)
-    tree.make_zombies(list(manifest.zombies))
-    if manifest.last_pid:
-        tree.set_last_pid(manifest.last_pid, made.proc_slot)
-    tree.settle_terminals(places)
-    for restorer in restorers:
-        restorer.map_memory()
-    later = [r.later for r in restorers if r.later]
-    filling = pager.start(later, run, launched.init_pidfd)  # before a script touches what is missing
-    if filling:
-        fillings.append(filling)
-    for restorer in restorers:
-        restorer.set_attributes()
-    for restorer in restorers:
-        restorer.change_semaphores_last()
-        restorer.set_threads()
-        restorer.apply_outside_state()
-        restorer.set_leader()
-    sysvipc.settle(manifest.ipc, launched.init_pid)
-    for restorer in _children_first(restorers):
-        children = [r.process for r in restorers if r.process.place.ppid == restorer.pid]
-        restorer.hear_of_children(children)
-        restorer.finish()
-    return restorers
 
 
 def _make_late_files(manifest: Manifest, tree: Tree, layout: _Layout, shared: Shared) -> None:

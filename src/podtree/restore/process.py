@@ -47,9 +47,9 @@ class Shared:
     epoll_holders: dict[int, int]  # OpenFile.id -> the first process that has it at all
     segments: dict[int, int]  # size in bytes of System V shared memory by id
     last_cap: int
-    clock_offset_ns: int  # the pod's CLOCK_MONOTONIC less ours
     lazily: bool  # large memory may come in when the process runs already
     ipc: IpcState
+    clock_offset_ns: int = 0  # the pod's CLOCK_MONOTONIC less ours; set when the pod's clocks are
 
     def late_ns(self, read_ns: int) -> int:
         """Time that has passed for the pod since `read_ns` of its CLOCK_MONOTONIC, the restore's own included."""
