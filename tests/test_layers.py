@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "src" / "podtree"
 
 #: Lowest first. A module may import what stands above its own line, and its own line. The longest matching name counts.
 LAYERS = (
-    ("errors",),
+    ("errors", "beside"),
     ("kernel",),
     ("script",),
     ("objects",),

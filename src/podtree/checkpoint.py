@@ -13,7 +13,6 @@ import mmap
 import os
 import platform
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from typing import Any, Protocol
 import msgspec
 
 from podtree import collect
+from podtree.beside import beside
 from podtree.collect import ProcessView
 from podtree.errors import Problem, Refused, RestoreFailed
 from podtree.freeze import Freezer, Frozen
@@ -191,7 +191,7 @@ class Checkpointer:
                 if context.problems:
                     raise Refused(context.problems)
                 settle()
-                with _at_the_same_time(draft.snapshot_volume):
+                with beside(draft.snapshot_volume):
                     copied = self._copy_pages(views)
                     manifest = _with_guards(manifest, copied)
                 self._keep_maps(views)
@@ -588,27 +588,6 @@ def _no_garbage_collection() -> Iterator[None]:
         yield
     finally:
         gc.enable()
-
-
-@contextlib.contextmanager
-def _at_the_same_time(call: Callable[[], None]) -> Iterator[None]:
-    """Scope beside which `call` is made, by a thread: for what is the kernel's work. It raises what `call` does."""
-    failed: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            call()
-        except BaseException as error:
-            failed.append(error)
-
-    thread = threading.Thread(target=run, name="beside")
-    thread.start()
-    try:
-        yield
-    finally:
-        thread.join()
-    if failed:
-        raise failed[0]
 
 
 def _passes(problems: list[Problem]) -> bool:

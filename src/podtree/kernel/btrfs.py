@@ -8,7 +8,6 @@ and raise OSError with the path in it.
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import os
 import struct
 import time
@@ -66,9 +65,9 @@ def _opened(path: str, flags: int = os.O_RDONLY | os.O_DIRECTORY) -> Iterator[in
 
 
 def _ioctl(fd: int, number: int, arg: bytes, what: str, path: str) -> bytes:
-    buffer = bytearray(arg)  # fcntl.ioctl takes no immutable argument above 1024 bytes
+    buffer = bytearray(arg)
     try:
-        fcntl.ioctl(fd, number, buffer)
+        syscall(NR.ioctl, fd, number, buffer)  # fcntl.ioctl keeps all other threads waiting for one above 1024 bytes
     except OSError as error:
         raise OSError(error.errno, f"{what}: {os.strerror(error.errno or 0)}", path) from None
     return bytes(buffer)

@@ -24,7 +24,7 @@ from podtree.pod.nursery import Start
 from podtree.pod.spec import PodSpec, StdioMode
 from podtree.pool import refs
 from podtree.pool.pool import Pool
-from podtree.pool.records import CheckpointRecord, PodRecord, PodState
+from podtree.pool.records import CheckpointRecord, PodRecord, PodState, new_id
 from podtree.pool.retention import Removed
 from podtree.recorder.settings import Settings
 
@@ -148,7 +148,13 @@ def start(
     """
     dirs = dirs_of(pool, pod.id)
     params = Start(home=str(dirs.home), pod_id=pod.id, restore=restore, rewind=rewind, attach=attach, size=size)
-    client = Client((restore and nursery.ask(params, _helpers(pool, pod))) or _start_afresh(pool, params, spawn))
+    return _ask_for(pool, params, None, spawn)
+
+
+def _ask_for(pool: Pool, params: Start, origin: str | None, spawn: bool) -> tuple[Client, dict[str, Any]]:
+    """Start what `params` say, with the help of a running pod's keeper, `origin`'s first, or without."""
+    helped = nursery.ask(params, _helpers(pool, origin)) if params.needs_engine else None
+    client = Client(helped or _start_afresh(pool, params, spawn))
     try:
         return client, client.reply()
     except BaseException:
@@ -156,14 +162,11 @@ def start(
         raise
 
 
-def _helpers(pool: Pool, pod: PodRecord) -> Iterator[Path]:
-    """The run directories of running pods, that of the pod's origin first."""
-    origin = None
-    if pod.parent is not None:
-        with contextlib.suppress(PodtreeError):
-            origin = pool.checkpoint(pod.parent).pod
-            yield dirs_of(pool, origin).run
-    others = (record.id for record in pool.pods() if record.is_running and record.id not in (pod.id, origin))
+def _helpers(pool: Pool, origin: str | None) -> Iterator[Path]:
+    """The run directories of running pods, `origin`'s first."""
+    if origin is not None:
+        yield dirs_of(pool, origin).run
+    others = (record.id for record in pool.pods() if record.is_running and record.id != origin)
     for pod_id in itertools.islice(others, _HELPERS):
         yield dirs_of(pool, pod_id).run
 
@@ -211,14 +214,13 @@ def start_or_remove(
     pool: Pool,
     pod: PodRecord,
     *,
-    restore: bool = False,
     attach: bool = False,
     size: tuple[int, int] | None = None,
     spawn: bool = False,
 ) -> tuple[Client, dict[str, Any]]:
     """start(), but a pod that doesn't start isn't kept."""
     try:
-        return start(pool, pod, restore=restore, attach=attach, size=size, spawn=spawn)
+        return start(pool, pod, attach=attach, size=size, spawn=spawn)
     except BaseException:
         with contextlib.suppress(PodtreeError, OSError):
             pool.remove_pod(pod.id)
@@ -359,10 +361,13 @@ def branch_names(pool: Pool, name: str | None, count: int) -> list[str | None]:
 def start_branch(
     pool: Pool, checkpoint: CheckpointRecord, name: str | None = None, *, spawn: bool = False
 ) -> dict[str, Any]:
-    """A new pod from a checkpoint: {pod, id, pid, ready_ms}. On failure the new pod is removed again."""
+    """A new pod from a checkpoint: {pod, id, pid, ready_ms}; there is none when that fails."""
     begun = time.monotonic()
-    pod = pool.clone_pod(checkpoint.id, name)
-    client, result = start_or_remove(pool, pod, restore=True, spawn=spawn)
+    if name is not None:
+        pool.check_free(refs.check_name(name, "pod"))
+    home = os.path.realpath(pool.home)
+    params = Start(home=home, pod_id=new_id(), branch=checkpoint.id, name=name)
+    client, result = _ask_for(pool, params, checkpoint.pod, spawn)
     client.close()
     return {**result, "ready_ms": round((time.monotonic() - begun) * 1e3, 3)}
 

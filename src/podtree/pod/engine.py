@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from podtree.pod.supervisor import Supervisor
     from podtree.pool.draft import Draft
     from podtree.pool.reset import Reset
+    from podtree.restore.pod import Restore
     from podtree.restore.validate import Bounds
 
 
@@ -112,7 +113,7 @@ def checkpoint(
     `recorded`: it is the recorder's, who doesn't wait for other commands, and may be thinned.
     """
     supervisor.running()
-    draft = supervisor.pool.begin_checkpoint(supervisor.record.id, 0 if recorded else LOCK_SECONDS)
+    draft = supervisor.pool.begin_checkpoint(supervisor.pod_id, 0 if recorded else LOCK_SECONDS)
     try:
         summary: dict[str, Any] = supervisor.checkpointer.get().checkpoint(
             draft, stop=stop, message=message, settle=supervisor.drain_output,
@@ -131,7 +132,16 @@ def restore(supervisor: Supervisor, group: Cgroup, *, verified: bool = False) ->
     from podtree.restore.pod import restore_pod
 
     return restore_pod(
-        supervisor.record.id, supervisor.spec, supervisor.dirs, group, _bounds(supervisor), verified=verified
+        supervisor.pod_id, supervisor.spec, supervisor.dirs, group, _bounds(supervisor), verified=verified
+    )
+
+
+def prepare(supervisor: Supervisor, group: Cgroup, *, waits: bool) -> Restore:
+    """As `restore`, up to what is of the moment."""
+    from podtree.restore.pod import Restore
+
+    return Restore(
+        supervisor.pod_id, supervisor.spec, supervisor.dirs, group, _bounds(supervisor), waits=waits
     )
 
 
@@ -144,7 +154,7 @@ def _bounds(supervisor: Supervisor) -> Bounds:
 def look(supervisor: Supervisor) -> Draft:
     """The pod as it is now, as a checkpoint that is not kept: it goes with `abort`."""
     supervisor.running()
-    draft = supervisor.pool.begin_checkpoint(supervisor.record.id)
+    draft = supervisor.pool.begin_checkpoint(supervisor.pod_id)
     try:
         supervisor.checkpointer.get().checkpoint(draft, commit=False)
     except BaseException:
@@ -158,7 +168,7 @@ def reset(supervisor: Supervisor, target: str) -> None:
     """Put the volume and the image of a pod that has ended back to a checkpoint."""
     from podtree.restore.verify import verify_image
 
-    with supervisor.pool.begin_reset(supervisor.record.id, CheckpointId(target)) as prepared:
+    with supervisor.pool.begin_reset(supervisor.pod_id, CheckpointId(target)) as prepared:
         verify_image(prepared.image, _bounds(supervisor))
         prepared.commit()
 
@@ -172,7 +182,7 @@ def rewind(supervisor: Supervisor, target: str) -> dict[str, Any]:
 
     begun = time.monotonic()
     supervisor.running()
-    with supervisor.pool.begin_reset(supervisor.record.id, CheckpointId(target)) as prepared:
+    with supervisor.pool.begin_reset(supervisor.pod_id, CheckpointId(target)) as prepared:
         verify_image(prepared.image, _bounds(supervisor))
         supervisor.end_processes()
         clients = supervisor.take_clients()
@@ -180,8 +190,8 @@ def rewind(supervisor: Supervisor, target: str) -> dict[str, Any]:
     supervisor.give_clients(clients)
     ready_ms = round((time.monotonic() - begun) * 1e3, 3)
     pid = supervisor.running().init_pid
-    name = supervisor.pool.pod(supervisor.record.id).name  # a commit may have changed it
-    return {"pod": name, "id": supervisor.record.id, "pid": pid, "ready_ms": ready_ms}
+    name = supervisor.pool.pod(supervisor.pod_id).name  # a commit may have changed it
+    return {"pod": name, "id": supervisor.pod_id, "pid": pid, "ready_ms": ready_ms}
 
 
 def _put_back(supervisor: Supervisor, prepared: Reset, clients: list[Connection]) -> None:

@@ -24,8 +24,10 @@ from podtree.kernel.prctl import Prctl, prctl, set_name
 from podtree.pod import nursery, wire
 from podtree.pod.cgroup import Cgroup
 from podtree.pod.dirs import PodDirs
-from podtree.pod.nursery import Start
+from podtree.pod.nursery import Nursery, Start
 from podtree.pool import locks
+from podtree.pool.pool import Pool
+from podtree.pool.records import PodId
 
 CONTROL = "ctl"
 _LOCK_S = 60.0  # how long to wait for whoever works on the pod
@@ -70,9 +72,8 @@ class Keeper:
         _clear(dirs.run)
         self._listener = nursery.listen(dirs.run, CONTROL)
         self._control = _inode(dirs.run)
-        self._births = nursery.listen(dirs.run, nursery.SOCKET)
-        self._warm = start.restore
-        nursery.code_identity()  # of the code that this process runs, noted before anybody changes it
+        self._nursery = Nursery(dirs.run, lambda start, starter: keep(start, start.dirs(), starter))
+        self._warm = start.needs_engine
         self._wake_r, wake_w = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._wake_w = wake_w
 
@@ -99,7 +100,7 @@ class Keeper:
         if pid == 0:
             try:
                 ours.close()
-                self._births.close()
+                self._nursery.close()
                 for fd in (self._wake_r, self._wake_w):
                     os.close(fd)
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -125,7 +126,8 @@ class Keeper:
         """In the fork."""
         from podtree.pod.supervisor import Supervisor
 
-        supervisor = Supervisor(self._start, self._dirs, self._listener, channel, self._held)
+        start = msgspec.structs.replace(self._start, branch=None) if self._state else self._start
+        supervisor = Supervisor(start, self._dirs, self._listener, channel, self._held)
         if self._state:
             supervisor.adopt(self._state)
         else:
@@ -140,30 +142,33 @@ class Keeper:
         pidfd = pidfd_open(pid)
         signal.set_wakeup_fd(self._wake_w)
         signal.signal(signal.SIGCHLD, lambda *_: None)
-        poll = select.poll()
-        for fd in (channel.fileno(), self._wake_r, pidfd, self._births.fileno()):
-            poll.register(fd, select.POLLIN)
+        watched = [channel.fileno(), self._wake_r, pidfd]
         ended = False
         while not ended:
-            ready = {fd for fd, _ in poll.poll(None if self._warm else _SETTLED_S * 1000)}
-            if not ready or self._births.fileno() in ready:
+            ready = self._wait([*watched, *self._nursery.fds()])
+            if not ready or self._nursery.is_asked(ready):
                 self._warm_up()
             ended = pidfd in ready
             if ended:  # of all that it started, before those are reaped
                 while self._hear(channel):
                     pass
             elif channel.fileno() in ready and not self._hear(channel):
-                poll.unregister(channel.fileno())
+                watched.remove(channel.fileno())
             if self._wake_r in ready:
                 with contextlib.suppress(BlockingIOError):
                     os.read(self._wake_r, 4096)
-            if self._births.fileno() in ready:
-                self._give_birth()
+            self._nursery.tend(ready)
             self._reap(pid)
         os.waitpid(pid, 0)
         self._reap(pid)
         os.close(pidfd)
         channel.close()
+
+    def _wait(self, fds: list[int]) -> set[int]:
+        poll = select.poll()
+        for fd in fds:
+            poll.register(fd, select.POLLIN)
+        return {fd for fd, _ in poll.poll(self._nursery.timeout_ms() if self._warm else _SETTLED_S * 1000)}
 
     def _warm_up(self) -> None:
         """Load the engine, once: for supervisors to come, of this pod or another."""
@@ -171,18 +176,6 @@ class Keeper:
             self._warm = True
             with contextlib.suppress(Exception):  # whoever needs it will say what is wrong
                 nursery.load_engine()
-
-    def _give_birth(self) -> None:
-        """Fork the keeper of another pod for whoever asks (podtree.pod.nursery)."""
-        with contextlib.suppress(OSError):
-            sock, _ = self._births.accept()
-            if os.fork() == 0:
-                try:
-                    start, starter = nursery.be_born(sock)
-                    keep(start, start.dirs(), starter)
-                finally:
-                    os._exit(1)
-            sock.close()
 
     def _hear(self, channel: socket.socket) -> bool:
         """One message of the supervisor; False when there won't be another."""
@@ -230,6 +223,10 @@ class Keeper:
             if _inode(self._dirs.run) == self._control:  # or another keeper has the pod by now
                 self._clean_up()
             os.close(lock)
+            if self._start.branch is not None:
+                pool, pod = Pool.open(self._dirs.home), PodId(self._start.pod_id)
+                if pool.has_pod(pod):
+                    pool.remove_pod(pod)
         os._exit(1)
 
     def _clean_up(self) -> None:

@@ -47,7 +47,7 @@ class Recording:
             supervisor.tend()
 
     def moments(self) -> list[Moment]:
-        return self._supervisor.pool.recorded(self._supervisor.record.id)
+        return self._supervisor.pool.recorded(self._supervisor.pod_id)
 
     def thin(self, gone: list[CheckpointId]) -> None:
         self._supervisor.pool.thin(gone)

@@ -21,8 +21,9 @@ import msgspec
 
 from podtree.errors import Conflict, PodtreeError, UsageError
 from podtree.kernel.pidfd import has_ended, pidfd_open, pidfd_send_signal
-from podtree.pod import cgroup, engine, hop, keeper, recording, seccomp, wire
+from podtree.pod import cgroup, engine, hop, keeper, nursery, recording, seccomp, wire
 from podtree.pod.attached import Attachments
+from podtree.pod.branching import Branch
 from podtree.pod.cgroup import Cgroup
 from podtree.pod.dirs import PodDirs
 from podtree.pod.enter import Entered, enter
@@ -34,7 +35,7 @@ from podtree.pod.spec import PodSpec, check
 from podtree.pod.stdio import Stdio
 from podtree.pool.draft import Draft
 from podtree.pool.pool import Pool
-from podtree.pool.records import PodState
+from podtree.pool.records import CheckpointId, PodId, PodRecord, PodState
 from podtree.recorder.recorder import Recorder
 
 _LINGER_S = 10.0  # how long an attached client may take to fetch the last of the output
@@ -48,6 +49,10 @@ _REPORT_S = 10.0  # from entering a pod to execve; a process of the pod may have
 
 class _StillRuns(Conflict):
     """The pod isn't this supervisor's to start."""
+
+
+class _NotWanted(PodtreeError):
+    """Nobody asked for a branch that was made ready."""
 
 
 class Supervisor:
@@ -70,8 +75,13 @@ class Supervisor:
         self.checkpointer: Any = None
         self.recorder: Recorder | None = None
         self.pool = Pool.open(dirs.home)
-        self.record = self.pool.pod(start.pod_id)
-        self.spec = PodSpec.from_dict(self.record.spec)
+        self.pod_id = PodId(start.pod_id)
+        if start.branch is None:
+            record = self.pool.pod(start.pod_id)
+            self.name, spec = record.name, record.spec
+        else:
+            self.name, spec = "", self.pool.spec_of(CheckpointId(start.branch))
+        self.spec = PodSpec.from_dict(spec)
         self.clients = Attachments(self.loop, interactive=self.spec.interactive, changed=self._tell_state)
         self._listener = listener
         self._keeper: socket.socket | None = keeper_channel
@@ -94,21 +104,30 @@ class Supervisor:
         `lock_fd` holds the pod's lock, which is let go when the index knows that the pod runs.
         """
         begun = time.monotonic()
-        client = self._connect(starter)
-        self.pool.inherit_lock(self.record.id, lock_fd)
+        client = None if self.start.standby else self._connect(starter)
+        self.pool.inherit_lock(self.pod_id, lock_fd)
         try:
-            self._start()
+            if self.start.branch is None:
+                self._start()
+            else:
+                if client is None and self.spec.volumes:
+                    raise _NotWanted("what it opens of the host's counts: it isn't opened ahead")
+                branch, name = Branch(self), self.start.name
+                if client is None:
+                    name, client = self._stand_by(starter, branch)
+                    begun = time.monotonic()
+                self._be(*branch.let_go(name))
         except Exception as error:
             self._failed(client, error)
             return
         finally:
-            self.pool.release_lock(self.record.id)
-        assert self.live is not None
+            self.pool.release_lock(self.pod_id)
+        assert self.live is not None and client is not None
         if self.start.attach:
             self.clients.attach(client, INIT, None)
         self._listen()
         ready_ms = (time.monotonic() - begun) * 1e3
-        client.send({"ok": {"pod": self.record.name, "id": self.record.id, "pid": self.live.init_pid,
+        client.send({"ok": {"pod": self.name, "id": self.pod_id, "pid": self.live.init_pid,
                             "ready_ms": round(ready_ms, 3)}})  # fmt: skip
 
     def _start(self) -> None:
@@ -123,17 +142,33 @@ class Supervisor:
         else:
             self._launch(group)
 
+    def _stand_by(self, keeper: socket.socket, branch: Branch) -> tuple[str | None, Connection]:
+        """Wait until somebody wants the branch: its name, and who. Ends everything when nobody will."""
+        with contextlib.suppress(OSError):
+            keeper.send(nursery.READY)
+            order, fds = wire.receive(keeper)
+            if order is not None:
+                keeper.close()
+                return order["name"], self._connect(socket.socket(fileno=fds[0]))
+        branch.abandon()
+        raise _NotWanted("nobody wanted the branch")
+
+    def _be(self, record: PodRecord, live: LivePod) -> None:
+        """The branch exists, and runs."""
+        self.name = record.name
+        self.install(live, noted=True)
+
     def _check_ended(self) -> None:
         """Raise Conflict while processes of the pod are there, though nobody may keep it any more."""
-        if self.pool.pod(self.record.id).is_running:
-            raise _StillRuns(f"pod {self.record.name} is running already")
+        if self.pool.pod(self.pod_id).is_running:
+            raise _StillRuns(f"pod {self.name} is running already")
 
     def new_cgroup(self) -> Cgroup:
         """The pod's groups, known to the keeper before anything is in them.
 
         The limit on CPU time begins when the pod does (`install`): it isn't there for what builds the pod.
         """
-        group = cgroup.create(self.record.id, self.spec)
+        group = cgroup.create(self.pod_id, self.spec)
         if self.spec.cpus is not None:
             group.limit_cpus(None)
         self._tell_keeper({"state": {"cgroup": list(group.dirs)}})
@@ -148,14 +183,14 @@ class Supervisor:
     def live_pod(self, launched: Launched, clock: ClockOffsets, sessions: dict[str, ExecSession]) -> LivePod:
         """What launch() gave, as a LivePod."""
         return LivePod(
-            self.record.id, self.spec, self.dirs, launched.init_pid, launched.init_pidfd, launched.root_fd,
+            self.pod_id, self.spec, self.dirs, launched.init_pid, launched.init_pidfd, launched.root_fd,
             launched.cgroup, clock, launched.stdio, sessions,
         )  # fmt: skip
 
-    def install(self, live: LivePod, expected: Sequence[str] = ()) -> None:
+    def install(self, live: LivePod, expected: Sequence[str] = (), *, noted: bool = False) -> None:
         """Take charge of a pod that has just begun to run: launched, restored, or a predecessor's.
 
-        `expected`: the stdio to which clients of a predecessor were attached.
+        `expected`: the stdio to which clients of a predecessor were attached. `noted`: the index knows that it runs.
         """
         self.live = live
         if self.spec.cpus is not None:
@@ -176,7 +211,8 @@ class Supervisor:
         self.checkpointer = engine.checkpointer(live, self._memory_lost)
         if live.filling is not None:
             self._watch_filling(os.dup(live.filling.fileno()))
-        self._note_running(live)
+        if not noted:
+            self._note_running(live)
 
     def _watch_filling(self, fd: int) -> None:
         """`fd` becomes readable when all memory is there, or when that was waited for elsewhere."""
@@ -211,7 +247,7 @@ class Supervisor:
         """Tell the index, now or, when it is busy or its disk is full, later: the pod comes first."""
         try:
             self.pool.set_pod_state(
-                self.record.id, PodState.RUNNING, init_pid=live.init_pid, monitor_pid=os.getpid()
+                self.pod_id, PodState.RUNNING, init_pid=live.init_pid, monitor_pid=os.getpid()
             )
         except PodtreeError:
             traceback.print_exc()
@@ -220,7 +256,7 @@ class Supervisor:
     def _note_end(self) -> None:
         for _ in range(3):
             try:
-                self.pool.set_pod_state(self.record.id, self.final_state, exit_code=self.exit_code)
+                self.pool.set_pod_state(self.pod_id, self.final_state, exit_code=self.exit_code)
                 return
             except PodtreeError:  # exit.json has the code, and the index will see that the pod is gone
                 traceback.print_exc()
@@ -274,7 +310,7 @@ class Supervisor:
         clock = ClockOffsets(*state["clock"])
         self.install(
             LivePod(
-                self.record.id, self.spec, self.dirs, state["init_pid"], pidfd, held["root"], group, clock,
+                self.pod_id, self.spec, self.dirs, state["init_pid"], pidfd, held["root"], group, clock,
                 stdio, sessions,
             ),
             expected,
@@ -339,23 +375,26 @@ class Supervisor:
             except OSError:  # it was killed: this supervisor won't be replaced, and goes on
                 self._keeper = None
 
-    def _failed(self, client: Connection, error: Exception) -> None:
+    def _failed(self, client: Connection | None, error: Exception) -> None:
         """There is no pod: everything that was made for it goes, and the starter learns why."""
         if not isinstance(error, _StillRuns):
             self._remove_processes()
             with contextlib.suppress(Exception):
-                self.pool.set_pod_state(self.record.id, PodState.EXITED, exit_code=getattr(error, "exit_code", 125))
+                self.pool.set_pod_state(self.pod_id, PodState.EXITED, exit_code=getattr(error, "exit_code", 125))
         keeper.remove_run_dir(self.dirs)
+        if self.start.branch is not None:
+            self.pool.forget_runtime(self.pod_id)
         self._tell_keeper({"done": True})
-        client.send(wire.encode_error(error))
-        client.close(flush=True)
+        if client is not None:
+            client.send(wire.encode_error(error))
+            client.close(flush=True)
         self._leave_when_sent()
 
     def _remove_processes(self) -> None:
         if self.live is not None:
             with contextlib.suppress(ProcessLookupError):
                 pidfd_send_signal(self.live.init_pidfd, signal.SIGKILL)
-        group = cgroup.find(self.record.id)
+        group = cgroup.find(self.pod_id)
         for pid in group.pids(0) if group.dirs else []:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -419,7 +458,7 @@ class Supervisor:
     def running(self) -> LivePod:
         """The pod; raises Conflict when it has ended."""
         if self.live is None:
-            raise Conflict(f"pod {self.record.name} has ended")
+            raise Conflict(f"pod {self.name} has ended")
         return self.live
 
     def _signal_to(self, name: str, number: int) -> None:
@@ -434,7 +473,7 @@ class Supervisor:
     def _do_status(self, client: Connection, message: dict[str, Any]) -> dict[str, Any]:
         live = self.running()
         return {
-            "id": self.record.id,
+            "id": self.pod_id,
             "pid": live.init_pid,
             "supervisor": os.getpid(),
             "stdio": self.spec.stdio,
@@ -447,9 +486,9 @@ class Supervisor:
         name = str(message.get("name", INIT))
         if name not in self.clients.stdio:
             self.running()
-            raise Conflict(f"the command that was run in pod {self.record.name} has ended")
+            raise Conflict(f"the command that was run in pod {self.name} has ended")
         if name == INIT and self.spec.stdio not in ("tty", "pipes"):
-            raise Conflict(f"pod {self.record.name} writes to its log only", "podtree logs -f follows it")
+            raise Conflict(f"pod {self.name} writes to its log only", "podtree logs -f follows it")
         self.clients.attach(client, name, message.get("size"))
         return {"stdio": self.spec.stdio}
 
@@ -457,7 +496,7 @@ class Supervisor:
         try:
             pidfd_send_signal(self.running().init_pidfd, int(message["signal"]))
         except ProcessLookupError:
-            raise Conflict(f"pod {self.record.name} has ended") from None
+            raise Conflict(f"pod {self.name} has ended") from None
         return {}
 
     def _do_wait(self, client: Connection, message: dict[str, Any]) -> dict[str, Any] | None:
@@ -515,7 +554,7 @@ class Supervisor:
             os.close(entered.report_r)
             failure = wire.parse_report(data, entered.command)
             if self.live is None or self.live.sessions.get(session.name) is not session:
-                failure = failure or Conflict(f"pod {self.record.name} has ended")
+                failure = failure or Conflict(f"pod {self.name} has ended")
                 for fd in entered.ends.fds():
                     os.close(fd)
                 client.send(wire.encode_error(failure))
@@ -668,8 +707,8 @@ class Supervisor:
         keeper.remove_run_dir(self.dirs)
         self._note_end()
         with contextlib.suppress(PodtreeError):
-            if self.spec.auto_remove and not self.pool.checkpoints(self.record.id):
-                self.pool.remove_pod(self.record.id)
+            if self.spec.auto_remove and not self.pool.checkpoints(self.pod_id):
+                self.pool.remove_pod(self.pod_id)
         self._tell_keeper({"done": True})
         for client in self._waiting:
             client.send({"ok": {"code": self.exit_code}})
@@ -680,7 +719,7 @@ class Supervisor:
         if self.live is not None:
             self.end_processes()
         self.exit_code = 255
-        group = cgroup.find(self.record.id)
+        group = cgroup.find(self.pod_id)
         group.remove()
         self._finish()
 

@@ -26,6 +26,7 @@ from podtree.pool.draft import Draft
 from podtree.pool.index import Index
 from podtree.pool.liveness import boot_id, start_time
 from podtree.pool.locks import acquire
+from podtree.pool.newpod import NewPod
 from podtree.pool.records import (
     CheckpointId,
     CheckpointMeta,
@@ -222,8 +223,10 @@ class Pool:
 
     def create_pod(self, name: str | None, spec: dict[str, Any]) -> PodRecord:
         """A new pod with an empty volume and image. Raises Conflict when the name is taken, UsageError if bad."""
+        if name is not None:
+            self.check_free(refs.check_name(name, "pod"))
         invented = names.candidates()
-        return self._add_pod(name, lambda: next(invented), spec, None)
+        return self._begin_pod(PodId(new_id()), spec, None, lambda: next(invented)).publish(name)
 
     def free_name(self) -> str:
         """A name that no pod or tag has now."""
@@ -234,57 +237,42 @@ class Pool:
         raise AssertionError("candidates() never ends")
 
     def clone_pod(self, ck: CheckpointId, name: str | None) -> PodRecord:
-        """A new pod that starts as the checkpoint: writable copies of its volume and image, its pod's spec.
-
-        Without a name it is called after the checkpoint's pod: web-1, web-2...
-        """
-        record = self.checkpoint(ck)
-        try:
-            spec = self.store.meta(ck).spec
-        except (OSError, ValueError) as error:
-            raise Damaged(f"checkpoint {ck}: meta.json can't be read: {error}", "podtree fsck") from None
-        count = iter(range(1, 1 << 30))
-        stem = record.pod_name[:50]
-        return self._add_pod(name, lambda: f"{stem}-{next(count)}", spec, ck)
-
-    def _add_pod(
-        self, name: str | None, invent: Callable[[], str], spec: dict[str, Any], source: CheckpointId | None
-    ) -> PodRecord:
+        """A new pod that starts as the checkpoint, as `begin_branch` makes it; it doesn't run."""
         if name is not None:
             self.check_free(refs.check_name(name, "pod"))
+        return self.begin_branch(ck, PodId(new_id())).publish(name)
+
+    def begin_branch(self, ck: CheckpointId, pod: PodId) -> NewPod:
+        """Make pod `pod`, which starts as the checkpoint: writable copies of its volume and image, its pod's spec.
+
+        If it isn't given a name it is called after the checkpoint's pod: web-1, web-2... Raises NotFound, Damaged.
+        """
+        record = self.checkpoint(ck)
+        count = iter(range(1, 1 << 30))
+        stem = record.pod_name[:50]
+        return self._begin_pod(pod, self.spec_of(ck), ck, lambda: f"{stem}-{next(count)}")
+
+    def spec_of(self, ck: CheckpointId) -> dict[str, Any]:
+        """The spec of the pod that the checkpoint is of. Raises Damaged."""
+        try:
+            return self.store.meta(ck).spec
+        except (OSError, ValueError) as error:
+            raise Damaged(f"checkpoint {ck}: meta.json can't be read: {error}", "podtree fsck") from None
+
+    def _begin_pod(
+        self, pod: PodId, spec: dict[str, Any], source: CheckpointId | None, invent: Callable[[], str]
+    ) -> NewPod:
         self.make_room()
-        pod = PodId(new_id())
         directory = None if source is None else self.store.checkpoint_dir(source)
         try:
             draft = self.store.make_pod(pod, spec, directory, base_token(source))
         except FileNotFoundError as error:
             raise Damaged(f"checkpoint {source} is incomplete: {error.filename}", "podtree fsck") from None
-        try:
-            while True:
-                candidate = name or invent()
-                try:
-                    self._insert_pod(pod, candidate, spec, source)
-                    break
-                except sqlite3.IntegrityError as error:
-                    if "FOREIGN KEY" in str(error):
-                        raise NotFound(f"checkpoint {source} has just been discarded") from None
-                    if name is not None:
-                        raise Conflict(f"there is a pod {name} already", f"podtree rm {name}") from None
-        except BaseException:
-            if self.index.row("SELECT 1 FROM pods WHERE id = ?", pod) is None:
-                self.store.drop(draft)
-            raise
-        draft.close()
-        return self._pod_by_id(pod)
+        return NewPod(self, pod, spec, source, invent, draft)
 
-    def _insert_pod(self, pod: PodId, name: str, spec: dict[str, Any], source: CheckpointId | None) -> None:
-        with self.index.transaction() as connection:
-            if connection.execute("SELECT 1 FROM tags WHERE name = ?", (name,)).fetchone():
-                raise Conflict(f"there is a tag {name} already")
-            connection.execute(
-                "INSERT INTO pods (id, name, created_ns, parent, head, base, state, spec) VALUES (?,?,?,?,?,?,?,?)",
-                (pod, name, time.time_ns(), source, source, self.store.base_of(pod), "created", _json(spec)),
-            )
+    def has_pod(self, pod: PodId) -> bool:
+        """Whether the index knows it, removed or not."""
+        return self.index.row("SELECT 1 FROM pods WHERE id = ?", pod) is not None
 
     def check_free(self, name: str) -> None:
         """Raise Conflict when a pod or a tag of that name exists."""
@@ -389,7 +377,7 @@ class Pool:
                 removed = retention.remove_pod(connection, pod)
             faults.point("remove:indexed")
             self._remove_directories(removed)
-            self._forget_runtime(pod)
+            self.forget_runtime(pod)
         return removed
 
     def commit_pod(self, winner: PodId, origin: PodId, *, force: bool = False) -> PodRecord:
@@ -410,10 +398,11 @@ class Pool:
                     raise Conflict(f"pod {taker.name} was not branched from {taken.name}")
                 retention.replace_pod(connection, winner, origin)
             self.store.throw_away(self.store.pod_dir(origin))
-            self._forget_runtime(origin)
+            self.forget_runtime(origin)
         return self._pod_by_id(winner)
 
-    def _forget_runtime(self, pod: PodId) -> None:
+    def forget_runtime(self, pod: PodId) -> None:
+        """Remove what lies outside of the pool for a pod that there is no more. Its lock must be held."""
         import shutil
 
         shutil.rmtree(self.home / "run" / pod, ignore_errors=True)
@@ -458,7 +447,7 @@ class Pool:
                 parent = connection.execute("SELECT head FROM pods WHERE id = ?", (meta.pod,)).fetchone()[0]
             connection.execute(
                 "INSERT INTO checkpoints (id, pod, number, parent, time_ns, message, summary) VALUES (?,?,?,?,?,?,?)",
-                (meta.id, meta.pod, meta.number, parent, meta.time_ns, meta.message, _json(meta.summary)),
+                (meta.id, meta.pod, meta.number, parent, meta.time_ns, meta.message, rows.as_json(meta.summary)),
             )
             connection.execute(
                 "UPDATE pods SET head = ?, next_number = ? WHERE id = ?", (meta.id, meta.number + 1, meta.pod)
@@ -617,7 +606,8 @@ class Pool:
         known = {row[0] for row in self.index.rows("SELECT id FROM pods WHERE NOT removed")}
         for entry in os.scandir(self.home / "run"):
             if len(entry.name) == 12 and entry.name not in known:
-                self._forget_runtime(PodId(entry.name))
+                with contextlib.suppress(Conflict), self.lock_pod(PodId(entry.name), 0):  # else it is being made
+                    self.forget_runtime(PodId(entry.name))
 
 
 @contextmanager
@@ -629,7 +619,3 @@ def _locked(directory: Path) -> Iterator[None]:
         yield
     finally:
         os.close(fd)
-
-
-def _json(value: object) -> str:
-    return json.dumps(value, separators=(",", ":"))

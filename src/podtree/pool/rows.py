@@ -96,3 +96,8 @@ def _runs(row: sqlite3.Row) -> bool:
     return liveness.is_alive(row["init_pid"], row["init_start"], boot) or liveness.is_alive(
         row["monitor_pid"], row["monitor_start"], boot
     )
+
+
+def as_json(value: object) -> str:
+    """How specs and summaries are kept."""
+    return json.dumps(value, separators=(",", ":"))

@@ -47,7 +47,7 @@ LEAST_BYTES = int(os.environ.get("PODTREE_LAZY_BYTES", 16 << 20))
 LEAST_VMA_BYTES = min(LEAST_BYTES, 1 << 18)  # mappings with less to bring in are always filled at once
 CHUNK = 128 << 10  # brought in around a page that was touched, or by a step in the background
 PACE_MS = int(os.environ.get("PODTREE_LAZY_PACE_MS", 0))  # between steps in the background: tests want it to take time
-_DONE = b"f"
+_BEGIN, _DONE = b"b", b"f"
 _NO_MEMORY_PATIENCE_S = 30.0
 _HEARD_S = 1.0  # how long a supervisor may take to hear that its pager gives up
 
@@ -174,6 +174,11 @@ class Filling:
         """Readable when `wait` won't wait, and once this is closed."""
         return self._link.fileno()
 
+    def begin(self) -> None:
+        """Have the pager answer, and fill."""
+        with contextlib.suppress(OSError):  # it is gone, which shows when it is missed
+            self._link.send(_BEGIN)
+
     def wait(self) -> None:
         """Until all pages are there. Raises RestoreFailed if the pager has died or given up: the pod must be ended."""
         if not self._all_there and self._link.recv(1) != _DONE:
@@ -205,7 +210,8 @@ class Filling:
 
 
 def start(lazies: Sequence[Lazy], run: Path, init_pidfd: int) -> Filling | None:
-    """Start the pager; the page files' descriptors are its own from now on. None if there is nothing to fill.
+    """Start the pager, which waits for `Filling.begin`; the page files' descriptors are its own from now on. None if
+    there is nothing to fill.
 
     `init_pidfd`: the pod's first process, which is killed when the pager gives up and nobody else sees to that.
     """
@@ -270,6 +276,8 @@ def _main(lazies: Sequence[Lazy], link: socket.socket, lock: int, mark: Path, in
                 syscall(NR.close_range, lowest, fd - 1, 0)
             lowest = fd + 1
         syscall(NR.close_range, lowest, 0xFFFFFFFF, 0)
+        if link.recv(1) != _BEGIN:
+            os._exit(0)
         Pager(lazies).run(link.fileno(), lambda: os.unlink(mark))
         os._exit(0)
     except BaseException as error:

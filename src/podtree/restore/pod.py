@@ -89,9 +89,9 @@ def restore_pod(
     `verified`: the image was looked at by `restore.verify` just now. The caller is the parent of the pod's first
     process. Raises RestoreFailed, Damaged or Unsupported; nothing is left running then.
     """
-    restore = Restore(spec, dirs, cgroup, bounds, verified=verified)
+    restore = Restore(pod_id, spec, dirs, cgroup, bounds, verified=verified)
     restore.complete()
-    return restore.go(pod_id, dirs)
+    return restore.go()
 
 
 class Restore:
@@ -105,6 +105,7 @@ class Restore:
 
     def __init__(
         self,
+        pod_id: str,
         spec: PodSpec,
         dirs: PodDirs,
         cgroup: Cgroup,
@@ -113,11 +114,12 @@ class Restore:
         verified: bool = False,
         waits: bool = False,
     ) -> None:
+        self.pod_id = pod_id
         self.spec = spec
+        self.dirs = dirs
         self.cgroup = cgroup
         self.bounds = bounds
         self._waits = waits
-        self._run = dirs.run
         self._clock = ClockOffsets()
         self._sessions: dict[str, ExecSession] = {}
         self._restorers: list[ProcessRestorer] = []
@@ -127,12 +129,12 @@ class Restore:
         self._image_fd = os.open(dirs.img, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self._stem_fd = -1
         try:
-            self._prepare(dirs, verified)
+            self._prepare(verified)
         except BaseException as error:
             self.abandon()
             raise explained(error) from error
 
-    def _prepare(self, dirs: PodDirs, verified: bool) -> None:
+    def _prepare(self, verified: bool) -> None:
         manifest = manifest_file.load(self._image_fd)
         check_machine(manifest)
         self._manifest = manifest = confine(manifest, self.bounds)
@@ -149,7 +151,7 @@ class Restore:
                 _become_stem(layout.slot_base, self._stem_fd)
 
             self._launched = launch(
-                self.spec, dirs, self.cgroup, None, in_builder, as_init,
+                self.spec, self.dirs, self.cgroup, None, in_builder, as_init,
                 inherit=[self._image_fd, self._stem_fd], numbers=layout.numbers,
             )  # fmt: skip
             self._made = msgspec.convert(self._launched.result, _Made)
@@ -160,10 +162,18 @@ class Restore:
             if check is not None:
                 check.close()
 
+    @property
+    def init_pid(self) -> int:
+        """The host's number of the pod's first process."""
+        assert self._launched is not None
+        return self._launched.init_pid
+
     def complete(self) -> None:
         """All but the last step: every task is what it was, and stopped."""
         assert self._launched is not None
         try:
+            if self._filling is not None:
+                self._filling.begin()  # a script may touch what is missing
             if self._waits:
                 self._set_clock()
             with _asleep(self._manifest, self._launched, self._layout) as sleepers:
@@ -172,15 +182,15 @@ class Restore:
         except BaseException as error:
             raise explained(self._end() or error) from error
 
-    def go(self, pod_id: str, dirs: PodDirs) -> LivePod:
-        """Let it run. `dirs`: where its things lie by now."""
+    def go(self) -> LivePod:
+        """Let it run."""
         assert self._launched is not None
         launched, self._launched = self._launched, None
         self._close()
         live = LivePod(
-            pod_id=pod_id,
+            pod_id=self.pod_id,
             spec=self.spec,
-            dirs=dirs,
+            dirs=self.dirs,
             init_pid=launched.init_pid,
             init_pidfd=launched.init_pidfd,
             root_fd=launched.root_fd,
@@ -263,6 +273,7 @@ class Restore:
         self._restorers = [ProcessRestorer(p, tree.bodies[p.place.pid], self._shared) for p in manifest.processes]
         for restorer in self._restorers:
             restorer.map_memory()
+        self._filling = pager.start(self._lazies(), self.dirs.run, launched.init_pidfd)
 
     def _lazies(self) -> list[Lazy]:
         """Memory that is to come later."""
@@ -289,8 +300,6 @@ class Restore:
         if manifest.last_pid:
             tree.set_last_pid(manifest.last_pid, self._made.proc_slot)
         tree.settle_terminals([p.place for p in manifest.processes])
-        # Before a script touches what is missing:
-        self._filling = pager.start(self._lazies(), self._run, self._launched.init_pidfd)
         arm_timers(manifest.files, self._file, time.monotonic_ns() + self._clock.monotonic_ns)
         for restorer in restorers:
             restorer.set_attributes()
