@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -183,6 +184,27 @@ def test_removed_while_it_fills(hardly: Podtree) -> None:
     branch.kill()
     assert branch.wait() == 137
     until(lambda: not Path(f"/proc/{victim}").exists(), "the pager is gone")
+
+
+def test_what_nobody_touches_waits_while_memory_is_short(podtree: Podtree, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It comes when it is touched, or when a checkpoint needs all of it."""
+    monkeypatch.setitem(podtree.env, "PODTREE_LAZY_BYTES", "1")
+    monkeypatch.setitem(podtree.env, "PODTREE_LAZY_RESERVE", str(1 << 60))
+    ref = start(podtree).checkpoint()
+    branch, other = podtree.branch(ref), podtree.branch(ref)
+
+    def resident(pod: Pod) -> int:
+        return int(status(int(pod.info()["pid"]))["RssAnon"].split()[0]) << 10
+
+    time.sleep(1)
+    assert resident(branch) < 24 << 20
+    pager_of(branch)
+    verify(branch)
+    assert resident(other) < 24 << 20
+    again = podtree.branch(other.checkpoint())
+    assert resident(other) > 32 << 20
+    verify(other)
+    verify(again)
 
 
 def test_small_and_special_memory_is_filled_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -314,7 +314,7 @@ class Checkpoint:
         if n < 1:
             raise UsageError("branch: n must be at least 1")
         names = control.branch_names(self.pool.store, name, n)
-        results = [control.start_branch(self.pool.store, self.record, one, spawn=True) for one in names]
+        results = list(control.start_branches(self.pool.store, self.record, names, spawn=True))
         return [Pod(self.pool, PodId(result["id"])) for result in results]
 
     def tag(self, name: str) -> None:

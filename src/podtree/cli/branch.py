@@ -17,8 +17,7 @@ def command(name: str | None, count: int, as_json: bool, ref: str) -> None:
     """Make new running pods from a checkpoint: pod@3, pod@latest, pod@10s (ago), pod@"time", an id, a tag."""
     pool = common.open_pool()
     checkpoint = pool.resolve(ref)
-    for chosen in control.branch_names(pool, name, count):
-        result = control.start_branch(pool, checkpoint, chosen)
+    for result in control.start_branches(pool, checkpoint, control.branch_names(pool, name, count)):
         if as_json:
             common.print_json(result)
         else:

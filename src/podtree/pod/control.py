@@ -9,7 +9,8 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -148,18 +149,20 @@ def start(
     """
     dirs = dirs_of(pool, pod.id)
     params = Start(home=str(dirs.home), pod_id=pod.id, restore=restore, rewind=rewind, attach=attach, size=size)
-    return _ask_for(pool, params, None, spawn)
-
-
-def _ask_for(pool: Pool, params: Start, origin: str | None, spawn: bool) -> tuple[Client, dict[str, Any]]:
-    """Start what `params` say, with the help of a running pod's keeper, `origin`'s first, or without."""
-    helped = nursery.ask(params, _helpers(pool, origin)) if params.needs_engine else None
-    client = Client(helped or _start_afresh(pool, params, spawn))
+    client, _ = _ask_for(pool, params, None, spawn)
     try:
         return client, client.reply()
     except BaseException:
         client.close()
         raise
+
+
+def _ask_for(pool: Pool, params: Start, origin: str | None, spawn: bool) -> tuple[Client, bool]:
+    """Have what `params` say started, with the help of a running pod's keeper, `origin`'s first, or without; the
+    reply is still to come. Second: whether there was help.
+    """
+    helped = nursery.ask(params, _helpers(pool, origin)) if params.needs_engine else None
+    return Client(helped or _start_afresh(pool, params, spawn)), helped is not None
 
 
 def _helpers(pool: Pool, origin: str | None) -> Iterator[Path]:
@@ -358,18 +361,34 @@ def branch_names(pool: Pool, name: str | None, count: int) -> list[str | None]:
     return list(names)
 
 
-def start_branch(
-    pool: Pool, checkpoint: CheckpointRecord, name: str | None = None, *, spawn: bool = False
-) -> dict[str, Any]:
-    """A new pod from a checkpoint: {pod, id, pid, ready_ms}; there is none when that fails."""
-    begun = time.monotonic()
-    if name is not None:
-        pool.check_free(refs.check_name(name, "pod"))
-    home = os.path.realpath(pool.home)
-    params = Start(home=home, pod_id=new_id(), branch=checkpoint.id, name=name)
-    client, result = _ask_for(pool, params, checkpoint.pod, spawn)
-    client.close()
-    return {**result, "ready_ms": round((time.monotonic() - begun) * 1e3, 3)}
+def start_branches(
+    pool: Pool, checkpoint: CheckpointRecord, names: Sequence[str | None], *, spawn: bool = False
+) -> Iterator[dict[str, Any]]:
+    """New pods from a checkpoint, each {pod, id, pid, ready_ms}, in order: as many at a time as there are processors.
+
+    Raises what keeps one from starting, when those that had been begun are through.
+    """
+    width = len(os.sched_getaffinity(0))
+    under_way: deque[tuple[float, Client]] = deque()
+    left = deque(names)
+    while left or under_way:
+        while left and len(under_way) < width:
+            begun, name = time.monotonic(), left.popleft()
+            params = Start(home=os.path.realpath(pool.home), pod_id=new_id(), branch=checkpoint.id, name=name)
+            client, helped = _ask_for(pool, params, checkpoint.pod, spawn)
+            under_way.append((begun, client))
+            if not helped:  # the next one can have this one's help
+                break
+        begun, client = under_way.popleft()
+        try:
+            with client:
+                result = client.reply()
+        except BaseException:
+            for _, other in under_way:
+                with contextlib.suppress(PodtreeError), other:
+                    other.reply()
+            raise
+        yield {**result, "ready_ms": round((time.monotonic() - begun) * 1e3, 3)}
 
 
 def rewind(pool: Pool, pod: PodRecord, checkpoint: CheckpointRecord, *, spawn: bool = False) -> dict[str, Any]:

@@ -39,7 +39,10 @@ class Recording:
     def record(self) -> dict[str, Any] | None:
         """None while a branch's memory is still coming in: the checkpoint would have to wait for it."""
         supervisor = self._supervisor
-        if supervisor.live is None or supervisor.live.filling is not None:
+        if supervisor.live is None:
+            return None
+        if supervisor.live.filling is not None:
+            supervisor.live.filling.hurry()
             return None
         try:
             return engine.checkpoint(supervisor, recorded=True)

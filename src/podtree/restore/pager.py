@@ -46,9 +46,13 @@ LEAST_BYTES = int(os.environ.get("PODTREE_LAZY_BYTES", 16 << 20))
 """Address spaces with less to bring in are filled before they run: that takes no longer than setting this up."""
 LEAST_VMA_BYTES = min(LEAST_BYTES, 1 << 18)  # mappings with less to bring in are always filled at once
 CHUNK = 128 << 10  # brought in around a page that was touched, or by a step in the background
+RESERVE_BYTES = int(os.environ.get("PODTREE_LAZY_RESERVE", os.sysconf("SC_PHYS_PAGES") * PAGE_SIZE // 4))
+"""Of the machine's memory, which is left alone as long as nobody asks for more: many branches may never touch it."""
 PACE_MS = int(os.environ.get("PODTREE_LAZY_PACE_MS", 0))  # between steps in the background: tests want it to take time
 _BEGIN, _DONE = b"b", b"f"
 _NO_MEMORY_PATIENCE_S = 30.0
+_SHORT_OF_MEMORY_MS = 500  # between two looks whether there is room now
+_LOOK_EVERY = 32  # steps
 _HEARD_S = 1.0  # how long a supervisor may take to hear that its pager gives up
 
 
@@ -179,8 +183,14 @@ class Filling:
         with contextlib.suppress(OSError):  # it is gone, which shows when it is missed
             self._link.send(_BEGIN)
 
+    def hurry(self) -> None:
+        """Have all of it come in, however short the machine is of memory."""
+        with contextlib.suppress(OSError):
+            self._link.send(_BEGIN, socket.MSG_DONTWAIT)
+
     def wait(self) -> None:
         """Until all pages are there. Raises RestoreFailed if the pager has died or given up: the pod must be ended."""
+        self.hurry()
         if not self._all_there and self._link.recv(1) != _DONE:
             raise _stays_away(self._mark)
         self._all_there = True
@@ -299,6 +309,21 @@ def _give_up(link: socket.socket, init_pidfd: int) -> None:
         pidfd_send_signal(init_pidfd, signal.SIGKILL)
 
 
+def _heard(link: int) -> bool:
+    """Whether the supervisor is in a hurry; False when it has hung up."""
+    try:
+        return os.read(link, 64) != b""
+    except ConnectionError:
+        return False
+
+
+def _memory_available() -> int:
+    """Bytes that programs could have without swapping: MemAvailable of /proc/meminfo."""
+    with open("/proc/meminfo", encoding="ascii") as file:
+        fields = dict(line.split(":", 1) for line in file)
+    return int(fields["MemAvailable"].split()[0]) << 10
+
+
 class _Gone(Exception):
     """The address space doesn't exist any more."""
 
@@ -324,25 +349,48 @@ class Pager:
         for fd in self._spaces:
             self._poll.register(fd, select.POLLIN)
         self._no_memory_since = 0.0
+        self._hurries = False  # somebody waits for all of it
+        self._has_room = True
+        self._steps = 0
 
     def run(self, link: int, done: Callable[[], None]) -> None:
         """Until all is filled and the supervisor has hung up; `done` is called right before the end."""
-        told = False
+        told = alone = False
+        self._poll.register(link, select.POLLIN)
         while True:
             busy = any(space.missing or space.again for space in self._spaces.values())
-            if not busy and not told:
-                told = True
-                self._poll.register(link, select.POLLIN)
-                with contextlib.suppress(OSError):  # no supervisor any more
-                    os.write(link, _DONE)
-            ready = [fd for fd, _ in self._poll.poll(PACE_MS if busy else None)]
+            if not busy:
+                if alone:
+                    done()
+                    return
+                if not told:
+                    told = True
+                    with contextlib.suppress(OSError):  # no supervisor any more
+                        os.write(link, _DONE)
+            ready = [fd for fd, _ in self._poll.poll(self._pause_ms() if busy else None)]
             if link in ready:
-                done()
-                return
+                ready.remove(link)
+                self._hurries = True
+                if not _heard(link):
+                    self._poll.unregister(link)
+                    alone = True
             for fd in ready:
                 self._hear(self._spaces[fd])
-            if not ready and busy:
+            if not ready and busy and self._may_step():
                 self._step()
+
+    def _pause_ms(self) -> int:
+        """Until the next step in the background, if nobody asks."""
+        return PACE_MS if self._hurries or self._has_room else _SHORT_OF_MEMORY_MS
+
+    def _may_step(self) -> bool:
+        """Not for nothing: while the machine is short of memory only what is touched comes in."""
+        if self._hurries or any(space.again for space in self._spaces.values()):
+            return True
+        if not self._has_room or self._steps % _LOOK_EVERY == 0:
+            self._has_room = _memory_available() > RESERVE_BYTES
+        self._steps += 1
+        return self._has_room
 
     def _step(self) -> None:
         """One chunk of some address space that lacks something."""
