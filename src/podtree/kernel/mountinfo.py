@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +32,8 @@ def _unescape(text: bytes) -> bytes:
     return _ESCAPE.sub(lambda m: bytes([int(m.group(1), 8)]), text)
 
 
-def parse_mountinfo(text: bytes) -> dict[int, Mount]:
+@functools.lru_cache(maxsize=4)
+def parse_mountinfo(text: bytes) -> Mapping[int, Mount]:
     """Mounts by id, in the order of the file (an upper mount at the same point comes later)."""
     mounts = {}
     for line in text.splitlines():
@@ -49,10 +53,10 @@ def parse_mountinfo(text: bytes) -> dict[int, Mount]:
             settings=_unescape(settings),
         )
         mounts[mount.id] = mount
-    return mounts
+    return MappingProxyType(mounts)
 
 
-def mounts_of(pid: int | str) -> dict[int, Mount]:
+def mounts_of(pid: int | str) -> Mapping[int, Mount]:
     """Mounts that `pid` sees."""
     with open(f"/proc/{pid}/mountinfo", "rb") as file:
         return parse_mountinfo(file.read())

@@ -27,7 +27,9 @@ class Branch:
         start = supervisor.start
         self._pod = supervisor.pool.begin_branch(CheckpointId(str(start.branch)), supervisor.pod_id)
         try:
-            self._restore = engine.prepare(supervisor, supervisor.new_cgroup(), waits=start.standby)
+            self._restore = engine.prepare(
+                supervisor, supervisor.dirs, supervisor.new_cgroup(), waits=start.standby
+            )
         except BaseException:
             self._pod.abort()
             raise

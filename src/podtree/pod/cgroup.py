@@ -35,6 +35,11 @@ class Cgroup(msgspec.Struct, frozen=True):
 
     dirs: tuple[str, ...]
 
+    @property
+    def name(self) -> str:
+        """What they are all called; "" where there are none."""
+        return os.path.basename(self.dirs[0]) if self.dirs else ""
+
     def add(self, pid: int) -> None:
         """Move a process into the pod's groups (0: the caller)."""
         for path in self.dirs:
@@ -106,32 +111,41 @@ class Cgroup(msgspec.Struct, frozen=True):
                 os.rmdir(os.path.dirname(path))
 
 
-def create(pod_id: str, spec: PodSpec) -> Cgroup:
+def create(pod_id: str, spec: PodSpec, beside: Cgroup | None = None) -> Cgroup:
     """Make the groups of a pod with the limits of `spec`, but for that on tasks: who builds the pod counts, too.
-    It is set by limit_tasks, when they are gone.
+    It is set by limit_tasks, when they are gone. `beside`: those that it has.
 
     Raises Unsupported for a limit whose controller the machine lacks.
     """
+    name = next(name for name in names(pod_id) if beside is None or name != beside.name)
     root = _version_2()
     if root is not None:
-        return _create_v2(root, pod_id, spec)
+        return _create_v2(root, name, spec)
     hierarchies = _version_1()
     limits = {"memory": spec.memory, "cpu": spec.cpus, "pids": spec.pids}
     for controller, limit in limits.items():
         if limit is not None and controller not in hierarchies:
             raise Unsupported(f"this machine has no {controller} cgroup controller", f"omit --{controller}")
-    return _create_v1(hierarchies, pod_id, spec)
+    return _create_v1(hierarchies, name, spec)
 
 
-def find(pod_id: str) -> Cgroup:
-    """The groups that a pod has, or none."""
+def names(pod_id: str) -> tuple[str, str]:
+    """What a pod's groups may be called: while it is rewound there are two sets of them."""
+    return pod_id, f"{pod_id}.next"
+
+
+def find(pod_id: str) -> list[Cgroup]:
+    """The groups that a pod has."""
     root = _version_2()
     bases = [root] if root is not None else list(_version_1().values())
-    paths = dict.fromkeys(str(base / PARENT / pod_id) for base in bases)
-    return Cgroup(tuple(path for path in paths if os.path.isdir(path)))
+    found = []
+    for name in names(pod_id):
+        paths = dict.fromkeys(str(base / PARENT / name) for base in bases)
+        found.append(Cgroup(tuple(path for path in paths if os.path.isdir(path))))
+    return [group for group in found if group.dirs]
 
 
-def _create_v1(hierarchies: dict[str, Path], pod_id: str, spec: PodSpec) -> Cgroup:
+def _create_v1(hierarchies: dict[str, Path], name: str, spec: PodSpec) -> Cgroup:
     """Below the caller's own groups, so that the limits that already bind the caller bind the pod.
 
     Memory and cpu are joined only for a limit of their own: without one the pod stays where its caller is.
@@ -140,7 +154,7 @@ def _create_v1(hierarchies: dict[str, Path], pod_id: str, spec: PodSpec) -> Cgro
     wanted += [c for c, limit in (("memory", spec.memory), ("cpu", spec.cpus)) if limit is not None]
     dirs = []
     for controller in wanted:
-        path = hierarchies[controller] / PARENT / pod_id
+        path = hierarchies[controller] / PARENT / name
         if str(path) not in dirs:
             path.mkdir(parents=True, exist_ok=True)
             dirs.append(str(path))
@@ -161,9 +175,9 @@ def _most_tasks() -> int:
     return min(int(_read(Path(f"/proc/sys/kernel/{name}"))) for name in ("pid_max", "threads-max"))
 
 
-def _create_v2(root: Path, pod_id: str, spec: PodSpec) -> Cgroup:
+def _create_v2(root: Path, name: str, spec: PodSpec) -> Cgroup:
     """Below the root: a group with processes of its own can't hand controllers down (cgroups(7))."""
-    parent, path = root / PARENT, root / PARENT / pod_id
+    parent, path = root / PARENT, root / PARENT / name
     path.mkdir(parents=True, exist_ok=True)
     quota = None if spec.cpus is None else f"{max(_LEAST_QUOTA_US, int(spec.cpus * _CPU_PERIOD_US))} {_CPU_PERIOD_US}"
     limits = {

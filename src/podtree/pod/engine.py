@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import traceback
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -11,15 +10,14 @@ from podtree.errors import Problem, RestoreFailed
 from podtree.kernel import caps
 from podtree.pod import privileges
 from podtree.pod.cgroup import Cgroup
+from podtree.pod.dirs import PodDirs
 from podtree.pod.live import LivePod
 from podtree.pool.pool import LOCK_SECONDS
-from podtree.pool.records import CheckpointId, PodState
+from podtree.pool.records import PodState
 
 if TYPE_CHECKING:
-    from podtree.pod.loop import Connection
     from podtree.pod.supervisor import Supervisor
     from podtree.pool.draft import Draft
-    from podtree.pool.reset import Reset
     from podtree.restore.pod import Restore
     from podtree.restore.validate import Bounds
 
@@ -35,6 +33,7 @@ class _Lazy:
         self._lost = lost
         self._made: Any = None
         self._unrecovered = False
+        self._released = False
 
     def get(self) -> Any:
         if self._made is None:
@@ -78,6 +77,9 @@ class _Lazy:
         return self._made is not None and bool(self._made.tend())
 
     def release(self) -> None:
+        if self._released:
+            return
+        self._released = True
         filling = self._live.filling
         if filling is not None and (failure := filling.failure()) is not None:
             self._lost(failure)
@@ -132,20 +134,19 @@ def restore(supervisor: Supervisor, group: Cgroup, *, verified: bool = False) ->
     from podtree.restore.pod import restore_pod
 
     return restore_pod(
-        supervisor.pod_id, supervisor.spec, supervisor.dirs, group, _bounds(supervisor), verified=verified
+        supervisor.pod_id, supervisor.spec, supervisor.dirs, group, bounds(supervisor), verified=verified
     )
 
 
-def prepare(supervisor: Supervisor, group: Cgroup, *, waits: bool) -> Restore:
-    """As `restore`, up to what is of the moment."""
+def prepare(supervisor: Supervisor, dirs: PodDirs, group: Cgroup, *, waits: bool) -> Restore:
+    """As `restore`, of what lies in `dirs`, up to what is of the moment."""
     from podtree.restore.pod import Restore
 
-    return Restore(
-        supervisor.pod_id, supervisor.spec, supervisor.dirs, group, _bounds(supervisor), waits=waits
-    )
+    return Restore(supervisor.pod_id, supervisor.spec, dirs, group, bounds(supervisor), waits=waits)
 
 
-def _bounds(supervisor: Supervisor) -> Bounds:
+def bounds(supervisor: Supervisor) -> Bounds:
+    """What no process of the pod may exceed."""
     from podtree.restore.validate import Bounds
 
     return Bounds(caps.mask(privileges.DEFAULT_CAPS), supervisor.filter)
@@ -162,46 +163,3 @@ def look(supervisor: Supervisor) -> Draft:
         raise
     draft.release_pod()
     return draft
-
-
-def reset(supervisor: Supervisor, target: str) -> None:
-    """Put the volume and the image of a pod that has ended back to a checkpoint."""
-    from podtree.restore.verify import verify_image
-
-    with supervisor.pool.begin_reset(supervisor.pod_id, CheckpointId(target)) as prepared:
-        verify_image(prepared.image, _bounds(supervisor))
-        prepared.commit()
-
-
-def rewind(supervisor: Supervisor, target: str) -> dict[str, Any]:
-    """End the pod's processes, put its volume and image back, and restore. Attached clients stay attached.
-
-    A checkpoint that can't be brought back is refused while the pod still runs, and it runs on.
-    """
-    from podtree.restore.verify import verify_image
-
-    begun = time.monotonic()
-    supervisor.running()
-    with supervisor.pool.begin_reset(supervisor.pod_id, CheckpointId(target)) as prepared:
-        verify_image(prepared.image, _bounds(supervisor))
-        supervisor.end_processes()
-        clients = supervisor.take_clients()
-        _put_back(supervisor, prepared, clients)
-    supervisor.give_clients(clients)
-    ready_ms = round((time.monotonic() - begun) * 1e3, 3)
-    pid = supervisor.running().init_pid
-    name = supervisor.pool.pod(supervisor.pod_id).name  # a commit may have changed it
-    return {"pod": name, "id": supervisor.pod_id, "pid": pid, "ready_ms": ready_ms}
-
-
-def _put_back(supervisor: Supervisor, prepared: Reset, clients: list[Connection]) -> None:
-    try:
-        prepared.commit()
-        supervisor.install(restore(supervisor, supervisor.new_cgroup(), verified=True))
-    except Exception as error:
-        for client in clients:
-            client.send({"exit": 255})
-        supervisor.give_up()
-        if isinstance(error, OSError):
-            raise RestoreFailed(str(error)) from error
-        raise

@@ -21,7 +21,7 @@ import msgspec
 
 from podtree.errors import Conflict, PodtreeError, UsageError
 from podtree.kernel.pidfd import has_ended, pidfd_open, pidfd_send_signal
-from podtree.pod import cgroup, engine, hop, keeper, nursery, recording, seccomp, wire
+from podtree.pod import cgroup, engine, hop, keeper, nursery, recording, rewinding, seccomp, wire
 from podtree.pod.attached import Attachments
 from podtree.pod.branching import Branch
 from podtree.pod.cgroup import Cgroup
@@ -31,6 +31,7 @@ from podtree.pod.live import INIT, ClockOffsets, ExecSession, Launched, LivePod,
 from podtree.pod.loop import Connection, Loop, Timer
 from podtree.pod.nursery import Start
 from podtree.pod.program import launch_program
+from podtree.pod.rewinding import Ahead
 from podtree.pod.spec import PodSpec, check
 from podtree.pod.stdio import Stdio
 from podtree.pool.draft import Draft
@@ -95,6 +96,7 @@ class Supervisor:
         self._serial = 0
         self._finished = False
         self._tending: Timer | None = None
+        self.ahead = Ahead(self)
 
     # ---- beginning
 
@@ -133,7 +135,7 @@ class Supervisor:
     def _start(self) -> None:
         self._check_ended()
         if self.start.rewind is not None:
-            engine.reset(self, self.start.rewind)
+            rewinding.reset(self, self.start.rewind)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self.dirs.pod / "exit.json")
         group = self.new_cgroup()
@@ -168,10 +170,15 @@ class Supervisor:
 
         The limit on CPU time begins when the pod does (`install`): it isn't there for what builds the pod.
         """
-        group = cgroup.create(self.pod_id, self.spec)
+        group = self.next_cgroup()
+        self._tell_keeper({"state": {"cgroup": list(group.dirs)}})
+        return group
+
+    def next_cgroup(self) -> Cgroup:
+        """Groups beside those that the pod has, if it runs."""
+        group = cgroup.create(self.pod_id, self.spec, self.live.cgroup if self.live is not None else None)
         if self.spec.cpus is not None:
             group.limit_cpus(None)
-        self._tell_keeper({"state": {"cgroup": list(group.dirs)}})
         return group
 
     def _launch(self, group: Cgroup) -> None:
@@ -315,6 +322,7 @@ class Supervisor:
             ),
             expected,
         )  # fmt: skip
+        self._remove_groups(group.name)
         for note in notes:  # the keeper has been told; the number may come again
             note.unlink(missing_ok=True)
         for name in list(self._ended):
@@ -394,11 +402,16 @@ class Supervisor:
         if self.live is not None:
             with contextlib.suppress(ProcessLookupError):
                 pidfd_send_signal(self.live.init_pidfd, signal.SIGKILL)
-        group = cgroup.find(self.pod_id)
-        for pid in group.pids(0) if group.dirs else []:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        group.remove()
+        self._remove_groups("")
+
+    def _remove_groups(self, mine: str) -> None:
+        """Control groups other than `mine`, with whatever is in them."""
+        for group in cgroup.find(self.pod_id):
+            if group.name != mine:
+                for pid in group.pids(0):
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+                group.remove()
 
     # ---- the loop
 
@@ -603,7 +616,7 @@ class Supervisor:
         return {"directory": str(draft.dir)}
 
     def _do_rewind(self, client: Connection, message: dict[str, Any]) -> dict[str, Any]:
-        return engine.rewind(self, str(message["checkpoint"]))
+        return rewinding.rewind(self, str(message["checkpoint"]))
 
     # ---- ends
 
@@ -653,11 +666,16 @@ class Supervisor:
             os.waitpid(pid, 0)
         return _noted_code(note)
 
-    def end_processes(self) -> None:
-        """Kill the pod and wait until no process of it is left; the stdio's clients stay (for a rewind)."""
+    def kill_processes(self) -> None:
+        """Kill the pod; `await_end` follows."""
         live = self.running()
         with contextlib.suppress(ProcessLookupError):
             pidfd_send_signal(live.init_pidfd, signal.SIGKILL)
+        engine.release(self.checkpointer)
+
+    def await_end(self) -> None:
+        """Wait until no process of a pod that was killed is left; the stdio's clients stay (for a rewind)."""
+        live = self.running()
         deadline = time.monotonic() + _END_S
         while not has_ended(live.init_pidfd, _TEND_S) and time.monotonic() < deadline:
             self.checkpointer.tend()
@@ -701,6 +719,8 @@ class Supervisor:
         The sockets go first: from when it is noted on, the next keeper may make its own.
         """
         self._finished = True
+        self.ahead.drop()
+        self._remove_groups("")
         if self.recorder is not None:
             self.recorder.stop()
         self.loop.forget(self._listener.fileno())
@@ -717,10 +737,9 @@ class Supervisor:
     def give_up(self) -> None:
         """A rewind failed after the pod's processes were gone: it has ended."""
         if self.live is not None:
-            self.end_processes()
+            self.kill_processes()
+            self.await_end()
         self.exit_code = 255
-        group = cgroup.find(self.pod_id)
-        group.remove()
         self._finish()
 
     def _leave_when_sent(self) -> None:

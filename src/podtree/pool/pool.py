@@ -341,14 +341,14 @@ class Pool:
     def begin_reset(self, pod: PodId, ck: CheckpointId) -> Reset:
         """Start a rewind of the pod to a checkpoint of its past; see Reset.
 
-        Raises NotFound, UsageError for another pod's checkpoint, Damaged, Conflict while somebody else works on it.
+        Raises NotFound, UsageError for another pod's checkpoint, Damaged.
         """
         self.checkpoint(ck)
         return Reset(self, pod, ck)
 
     def reset_pod(self, pod: PodId, ck: CheckpointId) -> None:
         """A rewind in one go. The pod's processes must be gone."""
-        with self.begin_reset(pod, ck) as reset:
+        with self.lock_pod(pod), self.begin_reset(pod, ck) as reset:
             reset.commit()
 
     def _settle_reset(self, pod: PodId) -> None:

@@ -20,7 +20,7 @@ def base_token(source: CheckpointId | None) -> str:
 
 
 class Reset:
-    """Writable copies of a checkpoint's volume and image, to be put in the place of its pod's; holds the pod's lock.
+    """Writable copies of a checkpoint's volume and image, to be put in the place of its pod's.
 
     Made while the pod still runs: whatever keeps the checkpoint from being brought back can be found before the
     pod's processes are ended. As a scope it throws the copies away unless `commit` was called.
@@ -31,37 +31,39 @@ class Reset:
         self._pod = pod
         self._checkpoint = checkpoint
         self._base = base_token(checkpoint)
-        self._scope = pool.lock_pod(pod)
-        self._scope.__enter__()
+        self._check_past()
+        with pool.index.snapshot() as connection:  # it may be discarded meanwhile
+            self._line = retention.line_of(connection, checkpoint)
+        pool.make_room()
         try:
-            self._check_past()
-            with pool.index.snapshot() as connection:  # it may be discarded meanwhile
-                self._line = retention.line_of(connection, checkpoint)
-            pool.make_room()
             self._directory = pool.store.prepare_reset(pod, pool.checkpoint_dir(checkpoint), self._base)
         except FileNotFoundError as error:
-            self._unlock()
             raise Damaged(f"checkpoint {checkpoint} is incomplete: {error.filename}", "podtree fsck") from None
-        except BaseException:
-            self._unlock()
-            raise
 
     @property
-    def image(self) -> Path:
-        """The image directory that the pod is going to have."""
-        return self._directory.path / "img"
+    def directory(self) -> Path:
+        """Where the copies lie: vol and img."""
+        return self._directory.path
 
     def commit(self) -> None:
-        """Exchange them with the pod's own, whose processes must be gone. Durable on return.
+        """Exchange them with the pod's own, whose processes must be gone, and nobody else at work on it. Durable on
+        return.
 
         Both change by one rename: after a crash the pod has the old ones or the new ones. Paths stay, open
         descriptors of the old ones go stale.
         """
-        self._pool.store.exchange(self._directory, self._pod)
-        faults.point("reset:durable")
-        with self._pool.index.transaction() as connection:
-            head = retention.first_known(connection, self._line)
-            connection.execute("UPDATE pods SET head = ?, base = ? WHERE id = ?", (head, self._base, self._pod))
+        with self._pool.lock_pod(self._pod):
+            self._pool.store.exchange(self._directory, self._pod)
+            faults.point("reset:durable")
+            with self._pool.index.transaction() as connection:
+                head = retention.first_known(connection, self._line)
+                connection.execute(
+                    "UPDATE pods SET head = ?, base = ? WHERE id = ?", (head, self._base, self._pod)
+                )
+
+    def drop(self) -> None:
+        """Throw the copies away, or after `commit` what was in their place."""
+        self._pool.store.drop(self._directory)
 
     def _check_past(self) -> None:
         with self._pool.index.snapshot() as connection:
@@ -73,16 +75,10 @@ class Reset:
             f"podtree branch {wanted.ref} makes a new pod",
         )
 
-    def _unlock(self) -> None:
-        self._scope.__exit__(None, None, None)
-
     def __enter__(self) -> Reset:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
-            self._pool.store.drop(self._directory)
-        finally:
-            self._unlock()
+        self.drop()

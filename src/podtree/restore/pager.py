@@ -167,9 +167,10 @@ def _may_wait(vma: Vma) -> bool:
 class Filling:
     """The supervisor's side: memory of a pod that is still coming in."""
 
-    def __init__(self, pid: int, link: socket.socket, uffds: list[int], mark: Path) -> None:
+    def __init__(self, pid: int, link: socket.socket, uffds: list[int], mark: Path, passing: Path) -> None:
         self._pid = pid
         self._mark = mark
+        self._passing = passing  # the mark's name before it counts
         self._link = link
         self._uffds = uffds
         self._all_there = False
@@ -180,6 +181,7 @@ class Filling:
 
     def begin(self) -> None:
         """Have the pager answer, and fill."""
+        os.rename(self._passing, self._mark)
         with contextlib.suppress(OSError):  # it is gone, which shows when it is missed
             self._link.send(_BEGIN)
 
@@ -206,6 +208,7 @@ class Filling:
 
     def abandon(self) -> None:
         """The pod has ended, or is going to be."""
+        self._passing.unlink(missing_ok=True)
         with contextlib.suppress(ProcessLookupError):
             os.kill(self._pid, signal.SIGKILL)
         self.settled()
@@ -228,7 +231,8 @@ def start(lazies: Sequence[Lazy], run: Path, init_pidfd: int) -> Filling | None:
     if not lazies:
         return None
     ours, theirs = socket.socketpair()
-    lock = os.open(run / FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    passing = run / f"{FILE}.{os.getpid()}.{time.monotonic_ns()}"
+    lock = os.open(passing, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     fcntl.flock(lock, fcntl.LOCK_EX)
     pid = os.fork()
     if pid == 0:
@@ -237,7 +241,7 @@ def start(lazies: Sequence[Lazy], run: Path, init_pidfd: int) -> Filling | None:
     os.close(lock)
     for lazy in lazies:
         lazy.pages.close()
-    return Filling(pid, ours, [lazy.uffd for lazy in lazies], run / FILE)
+    return Filling(pid, ours, [lazy.uffd for lazy in lazies], run / FILE, passing)
 
 
 def await_orphan(run: Path) -> None:

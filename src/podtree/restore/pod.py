@@ -163,6 +163,11 @@ class Restore:
                 check.close()
 
     @property
+    def is_gone(self) -> bool:
+        """Whether it was let go, or abandoned."""
+        return self._launched is None
+
+    @property
     def init_pid(self) -> int:
         """The host's number of the pod's first process."""
         assert self._launched is not None
@@ -182,15 +187,15 @@ class Restore:
         except BaseException as error:
             raise explained(self._end() or error) from error
 
-    def go(self) -> LivePod:
-        """Let it run."""
+    def go(self, dirs: PodDirs | None = None) -> LivePod:
+        """Let it run. `dirs`: where its things lie by now."""
         assert self._launched is not None
         launched, self._launched = self._launched, None
         self._close()
         live = LivePod(
             pod_id=self.pod_id,
             spec=self.spec,
-            dirs=self.dirs,
+            dirs=dirs or self.dirs,
             init_pid=launched.init_pid,
             init_pidfd=launched.init_pidfd,
             root_fd=launched.root_fd,
