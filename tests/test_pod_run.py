@@ -295,7 +295,9 @@ def test_cpu_limit(podtree: Podtree) -> None:
 
 def cpu_quotas(pod: Pod) -> list[int]:
     """What the pod's groups allow, in microseconds of each 100,000."""
-    groups = Path("/sys/fs/cgroup").rglob(str(pod.info()["id"]))
+    init = str(pod.info()["pid"])
+    every = Path("/sys/fs/cgroup").rglob(f"{pod.info()['id']}*")
+    groups = [group for group in every if init in (group / "cgroup.procs").read_text().split()]
     files = [group / name for group in groups for name in ("cpu.max", "cpu.cfs_quota_us")]
     return [int(file.read_text().split()[0]) for file in files if file.exists()]
 
