@@ -4,7 +4,7 @@
 #   make test      the whole test suite, real programs included
 #   make torture   kill the supervisor many more times than `make test` does (TORTURE=number),
 #                  and grow random process trees for much longer (SECONDS=number)
-#   make bench     measure podtree on this machine (BENCH="--case NAME --rounds N --history N --json FILE")
+#   make bench     measure podtree on this machine, see docs/bench.md (BENCH="--case NAME --rounds N --json FILE")
 #   make check     lint and types
 #   make install   only what it takes for .venv/bin/podtree to work
 
@@ -24,6 +24,10 @@ $(VENV)/.test: $(VENV)/.run
 	@scripts/venv.sh test
 	@touch $@
 
+$(VENV)/.bench: $(VENV)/.run
+	@scripts/venv.sh bench
+	@touch $@
+
 install: $(VENV)/.run
 	@scripts/packages.sh run
 
@@ -41,7 +45,8 @@ torture: test-setup
 	@PODTREE_TORTURE=$(TORTURE) PODTREE_RANDOM_SECONDS=$(SECONDS) \
 		$(PYTEST) tests/torture tests/test_random_trees.py --timeout 0 -o session_timeout=0
 
-bench: install
+bench: $(VENV)/.bench
+	@scripts/packages.sh bench
 	@$(VENV)/bin/python3 -m bench $(BENCH)
 
 check: $(VENV)/.test

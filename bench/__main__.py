@@ -1,257 +1,127 @@
-"""`make bench`: pause, ready and durable of pods of several sizes, as a table and as JSON.
+"""`make bench`: what podtree costs on this machine, as a table, as JSON and as pictures.
 
-Three times apart. *pause*: how long the pod's processes stood still, as a program inside sees it that reads the clock
-in a loop, and as podtree says. *ready*: from the call to the first instruction of the branch, as that program sees it.
-*durable*: from the call until the checkpoint is safely on the disk. From the Python API, unless it says "command".
-Cases are run in turn, round after round, so that what else the machine does falls on all of them.
+Three times are told apart. *Pause*: how long the pod's processes stood still, as a program inside sees it that reads
+the clock in a loop, and as podtree tells. *Ready*: from the call to the first instruction of a branch, as that program
+sees it. *Durable*: from the call until the checkpoint is safely on the disk. They are of the Python API in a program
+that runs already, but for the case `commands`: whole commands, their own start included.
+
+The cases of a group are measured in turn, round after round after warming up, so that what else the machine does falls
+on all of them. Pods that aren't being measured are at rest.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import statistics
-import subprocess
+import contextlib
+import signal
 import sys
-import tempfile
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import traceback
+from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
+from types import FrameType
 
 import click
 
-import podtree
-from podtree.pod import control
+from bench import criu, memory, plots
+from bench.cases import CASES, Case, Running, quick
+from bench.figures import Book, table, to_json
+from bench.place import Place
 
-WORKLOAD = Path(__file__).parent / "workload.py"
-WARM_UP = 3
-REST_S = 0.25
-
-
-@dataclass(frozen=True)
-class Size:
-    """Arguments of workload.py."""
-
-    megabytes: int
-    changed_kb: int = 1024
-    pattern: str = "sparse"
-    file_kb: int = 100
-    children: int = 0
-    descriptors: int = 0
-
-    def words(self) -> list[str]:
-        """As workload.py wants them."""
-        return [str(w) for w in (self.megabytes, self.changed_kb, self.pattern, self.file_kb, self.children,
-                                 self.descriptors)]  # fmt: skip
+WARM_UP = {"trees": 2, "large": 1, "history": 0, "storm": 0, "recorded": 0}
+SPARE_MB = 1500
 
 
-@dataclass
-class Figure:
-    """One row of the table: what was measured, in `unit`, against the target if there is one."""
-
-    name: str
-    unit: str
-    target: float | None
-    values: list[float] = field(default_factory=list)
-
-    def median(self) -> float:
-        """Half of the values are above."""
-        return statistics.median(self.values)
-
-    def p95(self) -> float:
-        """One in twenty is above."""
-        return sorted(self.values)[max(0, round(len(self.values) * 0.95) - 1)]
+def fitting(cases: list[Case], book: Book) -> list[Case]:
+    """Those that this machine has memory for at the same time, the largest left out first."""
+    free = memory.available() >> 20
+    while cases and sum(case.megabytes() for case in cases) + SPARE_MB > free:
+        largest = max(cases, key=lambda case: case.megabytes())
+        needed = f"{largest.megabytes()} MB of memory beside the others; {free} MB are available"
+        book.left_out.append(f"{largest.name}: needs {needed}")
+        cases = [case for case in cases if case is not largest]
+    return cases
 
 
-class Pod:
-    """A pod with the workload, measured again and again."""
-
-    def __init__(self, pool: podtree.Pool, size: Size) -> None:
-        self.pool = pool
-        self.pod = pool.run(sys.executable, str(WORKLOAD), *size.words())
-        while self.pod.log.count(b"ready") <= size.children:
-            time.sleep(0.02)
-        for _ in range(WARM_UP):
-            time.sleep(REST_S)
-            self.last = self.pod.checkpoint()
-
-    def checkpoint(self) -> dict[str, float]:
-        """One checkpoint: ms and bytes."""
-        time.sleep(REST_S)
-        self.pod.kill("USR1")
-        time.sleep(0.05)
-        begun = time.time_ns()
-        self.last = self.pod.checkpoint()
-        durable = time.time_ns()
-        time.sleep(0.05)
-        inside = [length for end, length in gaps(self.pool, self.pod) if begun < end < durable + 50_000_000]
-        summary = self.last.summary
-        return {
-            "pause, inside": max(inside, default=0) / 1e6,
-            "pause": summary["pause_ms"],
-            "durable": (durable - begun) / 1e6,
-            "bytes": summary["bytes_written"],
-        }
-
-    def branch(self) -> dict[str, float]:
-        """One branch, which is removed again: ms."""
-        begun = time.time_ns()
-        pod = self.last.branch()[0]
-        returned = time.time_ns()
-        first = self._first(pod, begun)
-        pod.remove(force=True)
-        return {"ready": (first - begun) / 1e6, "call": (returned - begun) / 1e6}
-
-    def rewind(self) -> dict[str, float]:
-        """Back to the last checkpoint: ms."""
-        begun = time.time_ns()
-        self.pod.rewind(self.last)
-        ready = (self._first(self.pod, begun) - begun) / 1e6
-        self.last = self.pod.checkpoint()  # tracking begins anew: what that costs is no increment's
-        return {"ready": ready}
-
-    def _first(self, pod: podtree.Pod, since: int) -> int:
-        """When the program first read the clock after `since`."""
-        while True:
-            found = [end for end, _ in gaps(self.pool, pod) if end > since]
-            if found:
-                return found[0]
-            time.sleep(0.005)
-
-    def close(self) -> None:
-        """Remove it with all its checkpoints."""
-        self.pod.remove(force=True)
+def measure(cases: list[Case], warm_up: int, rounds: int, parent: Path, book: Book, *, against: bool) -> None:
+    """One group of cases, in turn. What fails is measured no more, and told."""
+    with Place(parent, against=against) as place:
+        running: dict[str, Running] = {}
+        try:
+            for case in fitting(cases, book):
+                _say(f"{case.name}: {case.about}")
+                with _failing(case.name, running, book):
+                    running[case.name] = case.start(place)
+            for number in range(-warm_up, rounds):
+                _say(f"{cases[0].group}: " + (f"round {number + 1} of {rounds}" if number >= 0 else "warming up"))
+                for name, one in list(running.items()):
+                    with _failing(name, running, book):
+                        one.round(book if number >= 0 else Book())
+        finally:
+            for one in running.values():
+                one.close()
 
 
-def gaps(pool: podtree.Pool, pod: podtree.Pod) -> list[tuple[int, int]]:
-    """(end, length) in ns of all gaps that the program in a pod has seen."""
+@contextlib.contextmanager
+def _failing(name: str, running: dict[str, Running], book: Book) -> Iterator[None]:
     try:
-        text = (control.dirs_of(pool.store, pod.id).vol / "upper/tmp/gaps").read_text()
-    except FileNotFoundError:
-        return []
-    pairs = (line.split() for line in text.splitlines())
-    return [(int(pair[0]), int(pair[1])) for pair in pairs if len(pair) == 2]
+        yield
+    except Exception as error:
+        traceback.print_exc()
+        book.failed.append(f"{name}: {error}")
+        if (one := running.pop(name, None)) is not None:
+            one.close()
 
 
-#: name, size, targets of (pause inside, branch ready, rewind) in ms
-CASES: dict[str, tuple[Size, float | None, float | None, float | None]] = {
-    "100 MB, 1 MB changed": (Size(100), 3, 8, 4),
-    "100 MB, 1 MB dense": (Size(100, pattern="dense"), 3, 8, 4),
-    "100 MB, 1 MB at random": (Size(100, pattern="random"), 3, 8, 4),
-    "100 MB, 64 MB changed": (Size(100, 65536, "dense"), 20, None, None),
-    "1 GB, 1 MB changed": (Size(1000), 8, 10, None),
-    "10 processes, 200 MB": (Size(200, children=9), 10, 25, None),
-    "100 processes, 1000 descriptors": (Size(200, children=99, descriptors=1000), 60, None, None),
-    "4 GB, 1 MB changed": (Size(4000), 25, 12, None),
-}
+def _say(text: str) -> None:
+    click.echo(text, err=True)
 
 
-def measure_cases(pool: podtree.Pool, names: list[str], rounds: int) -> list[Figure]:
-    """All cases in turn, `rounds` times."""
-    figures: dict[str, Figure] = {}
-
-    def note(name: str, unit: str, target: float | None, value: float) -> None:
-        figures.setdefault(name, Figure(name, unit, target)).values.append(value)
-
-    pods = {name: Pod(pool, CASES[name][0]) for name in names}
-    try:
-        for _ in range(rounds):
-            for name, pod in pods.items():
-                size, pause, ready, rewind = CASES[name]
-                found = pod.checkpoint()
-                note(f"{name}: pause, seen inside", "ms", pause, found["pause, inside"])
-                note(f"{name}: pause, as told", "ms", pause, found["pause"])
-                note(f"{name}: durable", "ms", None, found["durable"])
-                changed = (size.changed_kb + size.file_kb) << 10
-                note(f"{name}: space", "bytes", 1.1 * changed + (64 << 10), found["bytes"])
-                found = pod.branch()
-                note(f"{name}: branch ready", "ms", ready, found["ready"])
-                if rewind is not None:
-                    note(f"{name}: rewind ready", "ms", rewind, pod.rewind()["ready"])
-    finally:
-        for pod in pods.values():
-            pod.close()
-    return list(figures.values())
+def _end(*_: int | FrameType | None) -> None:
+    sys.exit("ended by a signal")  # and everything is cleaned up on the way
 
 
-def measure_commands(pool: podtree.Pool, rounds: int) -> list[Figure]:
-    """Whole commands, their own start included."""
-    pod = pool.run("sleep", "1000000")
-    program = str(Path(sys.executable).parent / "podtree")
-    commands: dict[str, tuple[list[str], float | None]] = {
-        "command ps": (["ps"], 100),
-        "command checkpoint": (["checkpoint", pod.name], None),
-        "command log": (["log"], 100),
-        "command exec true": (["exec", pod.name, "--", "true"], None),
-    }
-    figures = []
-    for name, (words, target) in commands.items():
-        figure = Figure(name, "ms", target)
-        for _ in range(rounds + 1):
-            begun = time.monotonic()
-            subprocess.run([program, *words], check=True, stdout=subprocess.DEVNULL)
-            figure.values.append((time.monotonic() - begun) * 1e3)
-        del figure.values[0]
-        figures.append(figure)
-    pod.remove(force=True)
-    return figures
-
-
-def measure_history(pool: podtree.Pool, length: int) -> list[Figure]:
-    """Checkpoint number `length` against number 10: what history costs, as a ratio."""
-    pod = Pod(pool, Size(100))
-    early, late = [pod.checkpoint() for _ in range(7)], []
-    oldest = pod.pod.checkpoints()[0]
-    while len(pod.pod.checkpoints()) < length - 7:
-        pod.last = pod.pod.checkpoint()
-    late = [pod.checkpoint() for _ in range(7)]
-    figures = []
-    for what in ("pause", "durable", "bytes"):
-        ratio = statistics.median(one[what] for one in late) / statistics.median(one[what] for one in early)
-        figures.append(Figure(f"checkpoint {length} against 10: {what}", "times", 1.2, [ratio]))
-    begun = time.monotonic()
-    oldest.branch()[0].remove(force=True)
-    took = (time.monotonic() - begun) * 1e3
-    figures.append(Figure(f"branch of the oldest of {length}, and its removal", "ms", None, [took]))
-    pod.close()
-    return figures
-
-
-def table(figures: list[Figure]) -> str:
-    """For people."""
-    lines = [f"{'':58}{'median':>12}{'p95':>12}{'target':>12}"]
-    for one in figures:
-        target = "" if one.target is None else f"{one.target:.4g}"
-        reached = "" if one.target is None else ("  reached" if one.median() <= one.target else "  missed")
-        digits = ".0f" if one.unit == "bytes" else ".2f"
-        lines.append(f"{one.name:58}{one.median():12{digits}}{one.p95():12{digits}}{target:>12} {one.unit}{reached}")
-    return "\n".join(lines)
+def _list(context: click.Context, _option: click.Parameter, wanted: bool) -> None:
+    if wanted:
+        for case in CASES:
+            click.echo(f"{case.name:16} {case.about}")
+        context.exit()
 
 
 @click.command()
-@click.option("--rounds", default=15, show_default=True)
-@click.option("--case", "cases", multiple=True, type=click.Choice(list(CASES)), help="Only these.")
-@click.option("--history", default=0, help="Also: a history of so many checkpoints.")
-@click.option("--json", "path", type=click.Path(dir_okay=False), help="Write all values there.")
-def main(rounds: int, cases: tuple[str, ...], history: int, path: str | None) -> None:
-    """Measure podtree on this machine, in a pool of its own."""
-    parts: list[Callable[[podtree.Pool], list[Figure]]] = [
-        lambda pool: measure_cases(pool, list(cases) or list(CASES), rounds),
-    ]
-    if not cases:
-        parts.append(lambda pool: measure_commands(pool, rounds))
-    if history:
-        parts.append(lambda pool: measure_history(pool, history))
-    with tempfile.TemporaryDirectory(prefix="podtree-bench-", dir="/var/tmp") as home:
-        os.environ["PODTREE_HOME"] = home
-        with podtree.Pool() as pool:
-            figures = [figure for part in parts for figure in part(pool)]
-        subprocess.run([str(Path(sys.executable).parent / "podtree"), "pool", "unmount"], check=True)
-    click.echo(table(figures))
-    if path:
-        data = [{"name": f.name, "unit": f.unit, "target": f.target, "values": f.values} for f in figures]
-        Path(path).write_text(json.dumps(data, indent=1))
+@click.option("--list", is_flag=True, is_eager=True, expose_value=False, callback=_list, help="Name the cases.")
+@click.option("--case", "names", multiple=True, type=click.Choice([case.name for case in CASES]), help="Only these.")
+@click.option("--rounds", type=click.IntRange(1), help="How often each is measured [15].")
+@click.option("--quick", "is_quick", is_flag=True, help="One round of small sizes: does it work? No targets then.")
+@click.option("--against", type=click.Choice(["criu"]), help="Measure the trees with this program, too.")
+@click.option("--json", "path", type=click.Path(dir_okay=False, path_type=Path), help="Write all values there.")
+@click.option("--plots", "pictures", type=click.Path(file_okay=False, path_type=Path), help="Write curves there.")
+@click.option("--dir", "parent", type=click.Path(file_okay=False, exists=True, path_type=Path), default="/var/tmp",
+              show_default=True, help="Where pools of its own are made, and removed in the end.")  # fmt: skip
+def main(
+    names: tuple[str, ...],
+    rounds: int | None,
+    is_quick: bool,
+    against: str | None,
+    path: Path | None,
+    pictures: Path | None,
+    parent: Path,
+) -> None:
+    """Measure podtree on this machine."""
+    if against and (problem := criu.obstacle()) is not None:
+        raise click.ClickException(f"--against criu: {problem}")
+    signal.signal(signal.SIGTERM, _end)
+    rounds = rounds or (1 if is_quick else 15)
+    cases = [quick(case) if is_quick else case for case in CASES if case.name in names or not names]
+    book = Book(targets=not is_quick)
+    for name, group in groupby(cases, key=lambda case: case.group):
+        measure(list(group), 0 if is_quick else WARM_UP[name], rounds, parent, book, against=bool(against))
+        if path:
+            path.write_text(to_json(book, rounds))  # what is there so far, should something fail
+    click.echo(table(book))
+    if pictures:
+        for drawn in plots.draw_all(book, pictures):
+            _say(f"drawn: {drawn}")
+    sys.exit(1 if book.failed else 0)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 #
 #   scripts/packages.sh run    what podtree itself needs
 #   scripts/packages.sh demo   and what `make demo` shows
+#   scripts/packages.sh bench  podtree, and the programs that `make bench` records
 #   scripts/packages.sh test   and the real programs of the test suite
 #
 # A package counts as present when the program it is wanted for is there, however it came:
@@ -35,6 +36,13 @@ if [ "$what" != run ]; then
     program redis-server redis-server
     program redis-cli redis-tools
 fi
+if [ "$what" = bench ]; then
+    program redis-benchmark redis-tools
+fi
+if [ "$what" = test ] || [ "$what" = bench ]; then
+    program gcc gcc
+    path '/usr/include/x86_64-linux-gnu/sys/mman.h' libc6-dev
+fi
 if [ "$what" = test ]; then
     path '/usr/lib/postgresql/*/bin/pg_amcheck' postgresql
     program nginx nginx
@@ -45,8 +53,6 @@ if [ "$what" = test ]; then
     program node nodejs
     program go golang-go
     program javac default-jdk-headless
-    program gcc gcc
-    path '/usr/include/x86_64-linux-gnu/sys/mman.h' libc6-dev
     program make make
     program objdump binutils
     program sqlite3 sqlite3

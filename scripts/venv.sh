@@ -2,6 +2,7 @@
 # Makes .venv and installs podtree into it (editable), with the exact versions of constraints.txt.
 #
 #   scripts/venv.sh run     podtree and what it needs
+#   scripts/venv.sh bench   and what `make bench` measures with
 #   scripts/venv.sh test    and the tools of `make test` and `make check`
 #
 # PYTHON chooses the interpreter (3.11 or newer).
@@ -54,7 +55,9 @@ pip() { $venv/bin/python3 -m pip --disable-pip-version-check -qq "$@"; }
 # The build backend comes from constraints.txt as well, so that nothing unpinned runs.
 pip install -c constraints.txt setuptools wheel
 pip install -c constraints.txt --no-build-isolation -e .
+if [ "$what" = bench ]; then
+    pip install -c constraints.txt --no-build-isolation -e '.[bench]'
+fi
 if [ "$what" = test ]; then
-    pip install -c constraints.txt --no-build-isolation -e '.[dev]'
-    pip install -c constraints.txt numpy # interactive Python in a pod, with arrays
+    pip install -c constraints.txt --no-build-isolation -e '.[dev,bench]' # arrays: interactive Python in a pod, too
 fi
