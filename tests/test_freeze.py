@@ -99,6 +99,21 @@ def test_nobody_is_lost(racer: Racer) -> None:
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.parametrize("racer", ["leader_ends"], indirect=True)
+def test_leaders_end_before_their_threads(racer: Racer) -> None:
+    """Whether traced or not when its leader ends, a process can be frozen, and its parent hears of its end."""
+    freezer = Freezer(racer.pids)
+    seen: set[bool] = set()
+    for _ in range(FREEZES):
+        before = racer.rounds()
+        frozen = freezer.freeze()
+        seen |= {process.leaderless for process in frozen.processes if not process.zombie}
+        frozen.release()
+        until(lambda before=before: not freezer.tend() and racer.rounds() > before, "it goes on", 60, every=0.0001)
+    assert seen == {False, True}
+
+
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("racer", ["limits_run_out"], indirect=True)
 def test_timeouts_run_out_between_stops(racer: Racer) -> None:
     """A call with a timeout that is stopped more often than it lasts ends as it should, neither early nor never."""

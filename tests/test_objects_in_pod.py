@@ -21,13 +21,12 @@ PYTHON = (
     *("processes", "descriptors", "watching", "pidfds", "views", "mqueues", "aio"),
     *("sockets", "signals", "credentials", "sysvipc"),
 )
-COMPILED = ("registers", "blocked", "threads", "mappings")
+COMPILED = ("registers", "blocked", "threads", "leaders", "mappings")
 ALONE = {  # about the pod's pid 1, all its pids, everything that happens in its shared directories
     ("processes", "tree"), ("processes", "new_pids_go_on"), ("watching", "undisturbed"),
-    ("sockets", "unix_own_messages"),
+    ("sockets", "unix_own_messages"), ("leaders", "itself"),
 }  # fmt: skip
 REFUSED = {  # (program, case): the object and the reason that are named
-    ("threads", "dead_leader"): ("thread group", "leader thread has ended"),
     ("watching", "unread"): ("anon_inode:inotify", "events are unread"),
     ("watching", "directory_notify"): ("/dir", "dnotify"),
     ("aio", "polling"): ("AIO context", "it polls"),

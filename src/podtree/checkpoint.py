@@ -38,6 +38,7 @@ from podtree.objects.contents import Contents
 from podtree.objects.context import CollectContext
 from podtree.objects.descriptors import FileTable
 from podtree.objects.memory import ScannedPages
+from podtree.objects.processes import Process
 from podtree.pod.live import INIT, LivePod
 from podtree.restore import pager
 from podtree.restore.pager import Filling
@@ -97,7 +98,8 @@ class Checkpointer:
         self._maps = MapCache()
         self._buffer: mmap.mmap | None = None
         self._precopied = 0  # bytes written ahead of the stop
-        self._seen: dict[int, set[int]] | None = None  # host pids at the last checkpoint, with their pages of rseq(2)
+        # at the last checkpoint: host pid -> a living thread, the pages of rseq(2)
+        self._seen: dict[int, tuple[int, set[int]]] | None = None
         self._arena = bytearray()  # for changed pages of shared memory
         os.makedirs(live.img_dir / "mem", mode=0o700, exist_ok=True)
         os.makedirs(live.img_dir / "shm", mode=0o700, exist_ok=True)
@@ -249,8 +251,8 @@ class Checkpointer:
         try:
             return not any(
                 set(range(first, first + count)) - pages_
-                for host, pages_ in self._seen.items()
-                for first, count in memory.written(host)
+                for living, pages_ in self._seen.values()
+                for first, count in memory.written(living)
             )
         except OSError:
             return False
@@ -258,14 +260,9 @@ class Checkpointer:
     def _note_seen(self, manifest: Manifest, frozen: Frozen) -> None:
         """Remember what `untouched` compares with, where every process is tracked."""
         if all(tracker.uffd >= 0 and tracker.complete for tracker in self._trackers.values()):
-            hosts = {p.pid: p.host_pid for p in frozen.processes}
+            by_pid = {p.pid: p for p in frozen.processes}
             self._seen = {
-                hosts[p.place.pid]: {
-                    page
-                    for thread in p.threads
-                    for page in range(thread.rseq[0] // PAGE_SIZE, (sum(thread.rseq[:2]) - 1) // PAGE_SIZE + 1)
-                }
-                for p in manifest.processes
+                by_pid[p.place.pid].host_pid: (by_pid[p.place.pid].living, _rseq_pages(p)) for p in manifest.processes
             }
 
     def recover(self) -> None:
@@ -369,7 +366,7 @@ class Checkpointer:
         self._adopt_trackers(views)
         collected = collect.collect_processes(frozen, views, context, table)
         table.hush()
-        mounts = collect.collect_tmpfs_mounts(self.live.init_pid, context, table.contents)
+        mounts = collect.collect_tmpfs_mounts(procfs.living_thread(self.live.init_pid), context, table.contents)
         ipc = sysvipc.collect(context, table.contents)
         manifest = Manifest(
             machine=platform.machine(),
@@ -466,7 +463,7 @@ class Checkpointer:
             self._adopt_trackers(views)
             armed = [(v, self._arm(v)) for v in views if not any(map(aio.is_ring, v.entries))]
             armed = [(v, t) for v, t in armed if t.uffd >= 0 and not t.complete]
-            wanted = [_wanted(memory.scan(v.process.host_pid, v.entries, tracked=True), t) for v, t in armed]
+            wanted = [_wanted(memory.scan(v.process.living, v.entries, tracked=True), t) for v, t in armed]
         finally:
             self._release(frozen)
         for (view, tracker), runs in zip(armed, wanted, strict=True):
@@ -482,16 +479,16 @@ class Checkpointer:
         total = 0
         for pid in self.live.pids():
             with contextlib.suppress(OSError, ValueError):
-                text = procfs.status(pid)
-                tracker = self._trackers.get(procfs.ns_pids(text)[-1])
+                tracker = self._trackers.get(procfs.ns_pids(procfs.status(pid))[-1])
                 if tracker is None or not tracker.complete:
+                    text = procfs.status(procfs.living_thread(pid))
                     total += int(text.get("RssAnon", "0 kB").split()[0]) << 10
         return total
 
     def _precopy_written(self, view: ProcessView, tracker: Tracker) -> int:
         """Copy what was written in a running address space since the last time; bytes copied."""
         try:
-            scanned = memory.scan(view.process.host_pid, view.entries, tracked=True)
+            scanned = memory.scan(view.process.living, view.entries, tracked=True)
         except (FileNotFoundError, ProcessLookupError):
             return 0  # it has ended meanwhile
         tracker.doubtful += scanned.written
@@ -499,7 +496,7 @@ class Checkpointer:
 
     def _precopy_one(self, view: ProcessView, tracker: Tracker, wanted: list[Run]) -> int:
         """Copy pages of a running address space straight to its page file; bytes copied."""
-        host = view.process.host_pid
+        living = view.process.living
         mem_fd = os.open(self.live.img_dir / "mem", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         total = 0
         try:
@@ -509,7 +506,7 @@ class Checkpointer:
                     total += count * PAGE_SIZE
                     data = chunk[: count * PAGE_SIZE]
                     try:
-                        mm.read_ranges(host, [(first * PAGE_SIZE, count * PAGE_SIZE)], data)
+                        mm.read_ranges(living, [(first * PAGE_SIZE, count * PAGE_SIZE)], data)
                     except OSError:
                         tracker.doubtful.append((first, count))
                         continue
@@ -526,7 +523,7 @@ class Checkpointer:
         total = 0
         for view in views:
             tracker = self._arm(view)
-            scanned = memory.scan(view.process.host_pid, view.entries, tracked=tracker.uffd >= 0)
+            scanned = memory.scan(view.process.living, view.entries, tracked=tracker.uffd >= 0)
             wanted = _wanted(scanned, tracker)
             total += sum(count for _, count in wanted) * PAGE_SIZE
             todo.append((view, tracker, scanned, wanted))
@@ -538,7 +535,7 @@ class Checkpointer:
             data = buffer[position : position + size]
             ranges = [(first * PAGE_SIZE, count * PAGE_SIZE) for first, count in wanted]
             if ranges:
-                mm.read_ranges(view.process.host_pid, ranges, data)
+                mm.read_ranges(view.process.living, ranges, data)
             position += size
             result.append((Copied(str(view.process.pid), tracker, scanned.saved, wanted, data), scanned))
         return result
@@ -626,6 +623,15 @@ def _wanted(scanned: ScannedPages, tracker: Tracker) -> list[Run]:
         return scanned.saved
     certain = subtract_runs(scanned.saved, merge_runs(tracker.doubtful))
     return merge_runs([*scanned.written, *subtract_runs(scanned.saved, certain)])
+
+
+def _rseq_pages(process: Process) -> set[int]:
+    """The pages that the kernel writes to by itself when it resumes a thread."""
+    return {
+        page
+        for thread in process.threads
+        for page in range(thread.rseq[0] // PAGE_SIZE, (sum(thread.rseq[:2]) - 1) // PAGE_SIZE + 1)
+    }
 
 
 def _with_guards(manifest: Manifest, copied: list[tuple[Copied, ScannedPages]]) -> Manifest:

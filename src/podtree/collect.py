@@ -21,7 +21,7 @@ from podtree.kernel.pidfd import pidfd_getfd
 from podtree.kernel.procfs import MapEntry
 from podtree.kernel.sys import NR
 from podtree.mapcache import MapCache
-from podtree.objects import aio, memory, processes, scheduling, seccomp, signals, threads, timers, tmpfs
+from podtree.objects import aio, credentials, memory, processes, scheduling, seccomp, signals, threads, timers, tmpfs
 from podtree.objects.aio import AioRing
 from podtree.objects.contents import Contents
 from podtree.objects.context import CollectContext, FrozenProcess
@@ -29,7 +29,7 @@ from podtree.objects.descriptors import Fd, FileTable
 from podtree.objects.held import OWN_TMPFS
 from podtree.objects.memory import Memory, Vma
 from podtree.objects.processes import Place, Process, Zombie
-from podtree.objects.threads import Thread
+from podtree.objects.threads import EndedLeader, Thread
 from podtree.objects.tmpfs import TmpfsMount
 from podtree.script.task import Remote, Results, Scratch, Script
 from podtree.script.vdso import STUB_STRIDE, stub_offset
@@ -84,7 +84,7 @@ def _stopped_children(frozen: Frozen) -> dict[int, list[int]]:
     """Host pid of each parent -> inner pids of its children that are stopped by job control."""
     found: dict[int, list[int]] = {}
     for process in frozen.processes:
-        if not process.zombie and process.leader.group_stop:
+        if not process.zombie and process.first.group_stop:
             found.setdefault(procfs.stat(process.host_pid).ppid, []).append(process.pid)
     return found
 
@@ -102,13 +102,13 @@ def _can_run_scripts(view: ProcessView, ctx: CollectContext) -> bool:
 
 
 def _interview(view: ProcessView, stopped_children: list[int], *, track: bool) -> None:
-    """Run the scripts of one process: the leader's, which tells for the process too, then each thread's."""
+    """Run the scripts of one process: the first thread's, which tells for the process too, then each other's."""
     process = view.process
     assert view.vdso is not None
     address = view.vdso.start + stub_offset()
-    view.listed_timers = timers.list_posix_timers(process.host_pid)
+    view.listed_timers = timers.list_posix_timers(process.living)
     timer_ids = [t[0] for t in view.listed_timers]
-    with Remote(process.leader.tid, address) as remote:
+    with Remote(process.living, address) as remote:
         capacity = CALLS_PER_SCRIPT + len(timer_ids) + len(stopped_children)
         size = SCRATCH_SIZE + (len(timer_ids) + len(stopped_children)) * 256
         with Scratch(remote, size) as area:
@@ -123,7 +123,7 @@ def _interview(view: ProcessView, stopped_children: list[int], *, track: bool) -
                 number = view.results.values[uffd]
                 view.uffd = _take_uffd(process.pidfd, number)
                 remote.do(NR.close, number)
-            view.lock_future = memory.future_locks(process.host_pid, view.entries, area.address)
+            view.lock_future = memory.future_locks(process.living, view.entries, area.address)
             view.unreported_stops = processes.read_stops(asked_stops, view.results)
             if process.pid == 1:
                 view.last_pid = _ask_last_pid(remote, area)
@@ -149,15 +149,15 @@ def close_leftovers(frozen: Frozen) -> None:
     for process in frozen.processes:
         if process.zombie:
             continue
-        for number in _descriptors_named(process.host_pid, "anon_inode:[userfaultfd]"):
-            vdso = next((e for e in procfs.maps(process.host_pid) if e.path == "[vdso]"), None)
+        for number in _descriptors_named(process.living, "anon_inode:[userfaultfd]"):
+            vdso = next((e for e in procfs.maps(process.living) if e.path == "[vdso]"), None)
             if vdso:
-                with Remote(process.leader.tid, vdso.start + stub_offset()) as remote:
+                with Remote(process.living, vdso.start + stub_offset()) as remote:
                     remote.do(NR.close, number)
 
 
-def _descriptors_named(host_pid: int, name: str) -> list[int]:
-    base = f"/proc/{host_pid}/fd"
+def _descriptors_named(tid: int, name: str) -> list[int]:
+    base = f"/proc/{tid}/fd"
     return [int(n) for n in os.listdir(base) if os.readlink(f"{base}/{n}") == name]
 
 
@@ -172,8 +172,8 @@ def _take_uffd(pidfd: int, number: int) -> int:
 
 
 def _interview_threads(view: ProcessView, address: int, scratch: int) -> None:
-    """The other threads, one after the other. They use the leader's scratch area, but a stub of their own:
-    the leader's save area must stay valid all along."""
+    """The other threads, one after the other. They use the first's scratch area, but a stub of their own:
+    that one's save area must stay valid all along."""
     for index in range(1, len(view.process.tasks)):
         task = view.process.tasks[index]
         with Remote(task.tid, address) as remote:
@@ -186,9 +186,12 @@ def _interview_threads(view: ProcessView, address: int, scratch: int) -> None:
 def _add_thread(view: ProcessView, index: int, asked: threads.Asked, results: Results) -> None:
     process = view.process
     task = process.tasks[index]
-    with open(f"/proc/{process.host_pid}/task/{task.tid}/comm", "rb") as file:
-        comm = file.read().rstrip(b"\n")
-    view.threads.append(threads.collect(task, asked, results, comm))
+    view.threads.append(threads.collect(task, asked, results, _read_comm(process.host_pid, task.tid)))
+
+
+def _read_comm(host_pid: int, tid: int) -> bytes:
+    with open(f"/proc/{host_pid}/task/{tid}/comm", "rb") as file:
+        return file.read().removesuffix(b"\n")
 
 
 @dataclass(slots=True)
@@ -231,7 +234,7 @@ def _collect_process(
 ) -> Process:
     process, asked, results = view.process, view.asked, view.results
     assert asked is not None and results is not None
-    host = process.host_pid
+    living = process.living
     _refuse_task_state(view, ctx, results)
     fds: list[Fd] = table.add_process(process)
     if results.values[asked.brk] >> 47:
@@ -243,22 +246,37 @@ def _collect_process(
         fds=tuple(fds),
         cwd=_add_directory(process, "cwd", table),
         root=_add_root(process, table),
-        exe=_add_link(f"/proc/{host}/exe", os.O_RDONLY, table),
-        umask=int(process.leader.status["Umask"], 8),
+        exe=_add_link(f"/proc/{living}/exe", os.O_RDONLY, table),
+        umask=int(process.first.status["Umask"], 8),
         actions=signals.read_actions(asked.actions, results),
-        pending=tuple(signals.collect_pending(host, shared=True)),
+        pending=tuple(signals.collect_pending(living, shared=True)),
         read_ns=view.read_ns + ctx.clock_offset_ns,
         interval_timers=timers.read_interval_timers(asked.interval_timers, results),
         posix_timers=tuple(processes.collect_posix_timers(view.listed_timers, asked, results, inner_tid)),
-        limits=scheduling.collect_limits(host),
+        limits=scheduling.collect_limits(living),
         personality=results.values[asked.personality],
         dumpable=results.values[asked.dumpable],
         child_subreaper=bool(results.i32(asked.subreaper)),
         thp_disable=bool(results.values[asked.thp]),
         membarrier=results.values[asked.membarrier] if results.ok(asked.membarrier) else 0,
-        stopped_by=process.leader.group_stop,
+        stopped_by=process.first.group_stop,
         stop_reported=process.pid not in unreported,
+        ended_leader=_ended_leader(view, ctx) if process.leaderless else None,
     )
+
+
+def _ended_leader(view: ProcessView, ctx: CollectContext) -> EndedLeader:
+    """The leader of a process of which only other threads live."""
+    host = view.process.host_pid
+    ended = EndedLeader(
+        comm=_read_comm(host, host),
+        status=procfs.stat(host, host).exit_code,
+        credentials=credentials.collect(procfs.status(host, host), view.threads[0].credentials.securebits),
+        scheduling=scheduling.collect(host),
+    )
+    if ended.status & 0x7F:  # SECCOMP_RET_KILL_THREAD: any other signal ends the whole process
+        ctx.refuse(view.process, "thread group", "its leader was killed by a seccomp filter, and other threads live on")
+    return ended
 
 
 def _collect_memory(
@@ -280,7 +298,7 @@ def _collect_memory(
     vmas: list[Vma] = memory.collect_vmas(view.entries, file_of, functools.partial(ctx.refuse, process))
     return Memory(
         vmas=tuple(vmas),
-        layout=memory.collect_layout(process.host_pid, brk),
+        layout=memory.collect_layout(process.living, brk),
         pages=str(process.pid),
         rings=rings,
         lock_future=view.lock_future,
@@ -294,7 +312,7 @@ def _add_mapped_file(
     if entry.path.startswith("anon_inode:") or entry.path.startswith("socket:"):
         ctx.refuse(process, name, "maps kernel memory that can't be made again")
         return None
-    path = f"/proc/{process.host_pid}/map_files/{entry.start:x}-{entry.end:x}"
+    path = f"/proc/{process.living}/map_files/{entry.start:x}-{entry.end:x}"
     try:
         return _add_link(path, os.O_RDWR if writable else os.O_RDONLY, table)
     except OSError as error:
@@ -311,12 +329,12 @@ def _add_link(path: str, access: int, table: FileTable) -> int:
 
 
 def _add_directory(process: FrozenProcess, which: str, table: FileTable) -> int:
-    return _add_link(f"/proc/{process.host_pid}/{which}", os.O_PATH | os.O_DIRECTORY, table)
+    return _add_link(f"/proc/{process.living}/{which}", os.O_PATH | os.O_DIRECTORY, table)
 
 
 def _add_root(process: FrozenProcess, table: FileTable) -> int:
     """-1 for the pod's root; a chroot is registered."""
-    if os.readlink(f"/proc/{process.host_pid}/root") == "/":
+    if os.readlink(f"/proc/{process.living}/root") == "/":
         return -1
     return _add_directory(process, "root", table)
 
@@ -346,9 +364,7 @@ def _refuse_task_state(view: ProcessView, ctx: CollectContext, results: Results)
         if thread.xstate == b"":
             ctx.refuse(process, f"thread {thread.tid}", "its FPU state can't be read")
     for task in process.tasks[1:]:
-        if not _same_link(process.leader.tid, task.tid, "cwd") or not _same_link(
-            process.leader.tid, task.tid, "root"
-        ):
+        if not _same_link(process.living, task.tid, "cwd") or not _same_link(process.living, task.tid, "root"):
             ctx.refuse(process, f"thread {task.inner_tid}", "has a working or root directory of its own")
 
 
@@ -362,7 +378,7 @@ def _refuse_sharing(frozen: Frozen, ctx: CollectContext) -> None:
     if not living:
         return
     init = living[0]
-    names = {n: _namespace(init.host_pid, n) for n in _NAMESPACES}
+    names = {n: _namespace(init.living, n) for n in _NAMESPACES}
     for process in living:
         for task in process.tasks:
             for name, expected in names.items():
@@ -393,7 +409,7 @@ def _equal_pairs(living: list[FrozenProcess], kind: int) -> Iterator[tuple[Froze
     """Processes that share a kernel object: sort by kcmp(2)'s order, then compare neighbours."""
 
     def order(a: FrozenProcess, b: FrozenProcess) -> int:
-        return kcmp.compare_tasks(a.host_pid, b.host_pid, kind)
+        return kcmp.compare_tasks(a.living, b.living, kind)
 
     ordered = sorted(living, key=functools.cmp_to_key(order))
     for a, b in itertools.pairwise(ordered):
@@ -401,17 +417,18 @@ def _equal_pairs(living: list[FrozenProcess], kind: int) -> Iterator[tuple[Froze
             yield a, b
 
 
-def collect_tmpfs_mounts(init_pid: int, ctx: CollectContext, contents: Contents) -> tuple[TmpfsMount, ...]:
+def collect_tmpfs_mounts(living: int, ctx: CollectContext, contents: Contents) -> tuple[TmpfsMount, ...]:
     """The contents of the pod's own memory file systems, by mount point.
 
-    Something could lie over a mount point: what is opened must be on the device that mountinfo names.
+    `living`: a thread of the pod's first process. Something could lie over a mount point: what is opened must be on
+    the device that mountinfo names.
     """
     found = []
-    for mount in mounts_of(init_pid).values():
+    for mount in mounts_of(living).values():
         point = os.fsdecode(mount.point)
         if mount.fstype != "tmpfs" or point not in OWN_TMPFS:
             continue
-        path = f"/proc/{init_pid}/root".encode() + mount.point
+        path = f"/proc/{living}/root".encode() + mount.point
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
             if os.fstat(fd).st_dev == mount.device:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 from podtree.errors import Problem, Refused
 from podtree.kernel import mm, procfs, ptrace
-from podtree.kernel.pidfd import pidfd_getfd, pidfd_open
+from podtree.kernel.pidfd import pidfd_getfd, pidfd_open_living
 from podtree.kernel.sys import NR
 from podtree.objects.context import FrozenProcess, FrozenTask
 from podtree.script import stub
@@ -183,22 +183,25 @@ def _describe(frozen: Frozen, pids: Iterable[int], restarts: Restarts) -> list[F
         if int(text["Tgid"]) != pid:
             continue
         inner = procfs.ns_pids(text)[-1]
-        if text["State"][0] in "ZX":
-            leaderless = any(t in frozen.stopped for t in procfs.threads(pid))
-            if leaderless:
-                problem = Problem(
-                    pid=inner,
-                    comm=text["Name"],
-                    object="thread group",
-                    reason="its leader thread has ended while other threads live on",
-                )
-                raise Refused([problem])
+        tids = [t for t in procfs.threads(pid) if t in frozen.stopped]
+        if text["State"][0] in "ZX" and not tids:
             found.append(FrozenProcess(pid, inner, text["Name"], -1, zombie=True))
             continue
-        tids = [t for t in procfs.threads(pid) if t in frozen.stopped]
         tasks = [_describe_task(frozen, pid, t, restarts) for t in sorted(tids, key=lambda t: (t != pid, t))]
-        found.append(FrozenProcess(pid, inner, text["Name"], os.pidfd_open(pid), tasks))
+        found.append(FrozenProcess(pid, inner, text["Name"], _open_pidfd(pid, inner, text["Name"]), tasks))
     return sorted(found, key=lambda p: p.pid)
+
+
+def _open_pidfd(pid: int, inner: int, comm: str) -> int:
+    """By which what a process has can be had. Raises Refused."""
+    try:
+        return pidfd_open_living(pid)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        reason = "its leader thread has ended while other threads live on"
+        problem = Problem(pid=inner, comm=comm, object="thread group", reason=reason, hint="this takes Linux 6.9")
+        raise Refused([problem]) from error
 
 
 def _describe_task(frozen: Frozen, pid: int, tid: int, restarts: Restarts) -> FrozenTask:
@@ -445,7 +448,7 @@ def _timeout_ns(task: FrozenTask) -> int | None:
 def _socket_timeout_ns(pid: int, number: int, option: int) -> int | None:
     """SO_RCVTIMEO or SO_SNDTIMEO of a process's descriptor; None where none is set, or it is no socket."""
     with contextlib.ExitStack() as stack:
-        pidfd = pidfd_open(pid)
+        pidfd = pidfd_open_living(pid)
         stack.callback(os.close, pidfd)
         try:
             sock = stack.enter_context(socket.socket(fileno=pidfd_getfd(pidfd, number)))

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 
 from podtree.kernel import procfs
 from podtree.kernel.kmem import KernelMemory
-from podtree.kernel.pidfd import pidfd_open
+from podtree.kernel.pidfd import pidfd_open_living
 from podtree.kernel.procfs import MapEntry
 from podtree.kernel.sys import PAGE_SIZE
 from podtree.objects import insight
@@ -34,23 +34,23 @@ class MapCache:
 
     def prepare(self, pids: Iterable[int]) -> None:
         """Before the pod is stopped: learn the mappings of large processes, if they aren't known yet."""
-        large = [pid for pid in pids if _is_large(pid)]
+        large = {pid: tid for pid in pids if _is_large(tid := _living(pid))}
         self._known = {pid: known for pid, known in self._known.items() if pid in large}
         if large and insight.memory() is None:
             insight.prepare()
-        for pid in large:
+        for pid, tid in large.items():
             with contextlib.suppress(OSError):  # it has ended
-                pidfd = pidfd_open(pid)
+                pidfd = pidfd_open_living(pid)
                 try:
-                    self._learn(pid, pidfd)
+                    self._learn(pid, tid, pidfd)
                 finally:
                     os.close(pidfd)
 
-    def _learn(self, pid: int, pidfd: int) -> None:
+    def _learn(self, pid: int, tid: int, pidfd: int) -> None:
         before = _count(pidfd)
         if before is None or self._known.get(pid, (None,))[0] == before:
             return
-        entries = procfs.smaps(pid)
+        entries = procfs.smaps(tid)
         if _count(pidfd) == before:
             self._known[pid] = before, entries
 
@@ -59,7 +59,7 @@ class MapCache:
         known = self._known.get(process.host_pid)
         if known is not None and known[0] == _count(process.pidfd):
             return known[1]
-        return procfs.smaps(process.host_pid)
+        return procfs.smaps(process.living)
 
     def keep(self, process: FrozenProcess, entries: list[MapEntry]) -> None:
         """Nothing has changed them while the process was stopped, but what was undone: they hold until it goes on."""
@@ -67,6 +67,13 @@ class MapCache:
             count = _count(process.pidfd)
             if count is not None:
                 self._known[process.host_pid] = count, entries
+
+
+def _living(pid: int) -> int:
+    try:
+        return procfs.living_thread(pid)
+    except OSError:  # it has ended
+        return pid
 
 
 def _is_large(pid: int) -> bool:

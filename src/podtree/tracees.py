@@ -9,6 +9,8 @@ execute another program; and one that has stopped may be killed. The tracer has 
 * A new task of a traced one is traced from birth.
 * The parent inside of vfork(2) can't stop before its child has executed a program or ended, so that child has to run.
 * A task can only be let go when it is stopped. One that doesn't stop is kept in mind, and let go when it does.
+* A leader may end while other threads live on. Its end can't be noticed before theirs (kernel/exit.c,
+  delay_group_leader()), nor can it be let go; so if it was traced by then the process's end is ours to notice.
 """
 
 from __future__ import annotations
@@ -54,11 +56,17 @@ class NotStopped(Exception):
 
 def living_threads(pid: int) -> list[tuple[int, str]]:
     """(tid, state) of the threads of a process that can still be stopped; none for what has ended."""
-    found = []
+    found: list[tuple[int, str]] = []
+    vanished = True
     with suppress(FileNotFoundError, ProcessLookupError):
-        for tid in procfs.threads(pid):
-            with suppress(FileNotFoundError, ProcessLookupError):
-                state = procfs.stat(pid, tid).state
+        while vanished and not found:  # the last thread may have taken its leader's number, by execve(2)
+            vanished = False
+            for tid in procfs.threads(pid):
+                try:
+                    state = procfs.stat(pid, tid).state
+                except (FileNotFoundError, ProcessLookupError):
+                    vanished = True
+                    continue
                 if state not in "ZX":
                     found.append((tid, state))
     return found
@@ -68,12 +76,14 @@ class Tracees:
     """Whom this thread traces. ptrace(2) binds all of it to the thread that uses it.
 
     `stopped`: how those stopped that are. `running`: seized and told to stop, but not there yet; after `release`
-    there may be some, which `tend` lets go at last.
+    there may be some, which `tend` lets go at last. `ended`: leaders that have ended before their process, of whose
+    end `tend` takes notice.
     """
 
     def __init__(self) -> None:
         self.stopped: dict[int, Stop] = {}
         self.running: set[int] = set()
+        self.ended: set[int] = set()
         self._processes: dict[int, int] = {}  # of each: the process that it is a thread of
         self._buried: set[int] = set()  # whose ends the helper has noticed
 
@@ -172,7 +182,7 @@ class Tracees:
         try:
             ptrace.seize(tid, SEIZE_OPTIONS)
         except ProcessLookupError:
-            return True
+            return False  # it has ended, or has its leader's number by now
         except PermissionError as error:
             try:
                 text = procfs.status(pid, tid)
@@ -206,6 +216,7 @@ class Tracees:
             if spins > _BUSY_SPINS:
                 if spins % 10 == 0:
                     self._notice_deaths()
+                    self._notice_ended_leaders()
                     self._let_run([c for tid in self.running if _in_vfork(tid) for c in _vfork_children_of(tid)])
                 for tid in list(self.running)[:1]:
                     self._check_time(deadline, tid)
@@ -246,6 +257,7 @@ class Tracees:
 
     def _add(self, tid: int, pid: int) -> None:
         self.running.add(tid)
+        self.ended.discard(tid)  # another thread's execve(2) has taken its number
         self._processes[tid] = pid
 
     def _note_birth(self, tid: int, stop: Stop) -> None:
@@ -267,9 +279,30 @@ class Tracees:
                 self.running.add(tid)
                 self._handle(tid, stop)
 
+    def _notice_ended_leaders(self) -> None:
+        """Of those that should stop, the leaders that have ended while other threads of theirs live."""
+        for tid in list(self.running):
+            with suppress(FileNotFoundError, ProcessLookupError):
+                stat = procfs.stat(tid, tid)
+                if stat.state == "Z" and stat.num_threads > 1:
+                    self.running.discard(tid)
+                    self.ended.add(tid)
+
+    def _bury_ended(self) -> None:
+        """Leaders that had ended, and whose process has ended now; or has executed a program, which needs nothing."""
+        for tid in list(self.ended):
+            try:
+                if ptrace.has_ended(tid):
+                    self._bury(tid)
+                elif procfs.stat(tid, tid).state != "Z":
+                    self.ended.discard(tid)
+            except (ChildProcessError, FileNotFoundError, ProcessLookupError):
+                self.ended.discard(tid)
+
     def _bury(self, tid: int) -> None:
         _take_note(tid)
         self.running.discard(tid)
+        self.ended.discard(tid)
         self.stopped.pop(tid, None)
         self._processes.pop(tid, None)
         self._buried.discard(tid)
@@ -310,16 +343,19 @@ class Tracees:
                     if procfs.status(pid, tid)["TracerPid"] == str(os.getpid()):
                         self._add(tid, pid)
         deadline = time.monotonic() + _PARTING_S
-        while self.tend() and time.monotonic() < deadline:
+        lasting = set(self.ended)
+        while self.tend() and (self.running or self.ended - lasting) and time.monotonic() < deadline:
             time.sleep(_PAUSE_S)
         self._processes = {tid: pid for tid, pid in self._processes.items() if tid in self.running}
         self._buried &= self.running
 
     def tend(self) -> bool:
-        """Let go of those that have stopped at last; whether there are more."""
+        """Let go of those that have stopped at last, take notice of who has ended; whether there are more."""
         while any(self._part(tid) for tid in list(self.running)):
             pass
-        return bool(self.running)
+        self._notice_ended_leaders()
+        self._bury_ended()
+        return bool(self.running or self.ended)
 
     def _part(self, tid: int) -> bool:
         """Let a running task go if it can be; False if it has not stopped."""

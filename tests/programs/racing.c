@@ -18,7 +18,7 @@
 #include <unistd.h>
 
 extern char **environ;
-static char *self = "/proc/self/exe";
+static char *self = "/proc/thread-self/exe"; /* /proc/self shows the leader, which may have ended */
 enum { DONE = 5 };
 
 static void round_is_over(void)
@@ -102,6 +102,30 @@ static void thread_executes(void)
             idle(NULL);
         }
         expect_end(child, DONE << 8);
+    }
+}
+
+static void *ends_all(void *unused)
+{
+    usleep(rand() % 2000);
+    exit(3);
+    return unused;
+}
+
+/* The leader ends before the others, of which one ends the process, or executes a program. */
+static void leader_ends(void)
+{
+    for (int round = 0;; round++) {
+        pid_t child = fork();
+        if (!child) {
+            pthread_t thread;
+            srand(getpid());
+            start_idle_threads(2);
+            pthread_create(&thread, NULL, round % 2 ? ends_all : executes, NULL);
+            usleep(rand() % 300);
+            syscall(SYS_exit, 1);
+        }
+        expect_end(child, (round % 2 ? 3 : DONE) << 8);
     }
 }
 
@@ -282,6 +306,7 @@ int main(int count, char **words)
     } cases[] = {{"killed", killed},
                  {"ends", ends},
                  {"thread_executes", thread_executes},
+                 {"leader_ends", leader_ends},
                  {"spawns", spawns},
                  {"threads_come_and_go", threads_come_and_go},
                  {"stopped_and_continued", stopped_and_continued},

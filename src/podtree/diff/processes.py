@@ -124,7 +124,7 @@ def _change(pid: int, before: _Side, after: _Side) -> ProcessChange:
 
 
 def _comm(process: Process | None) -> str:
-    return "" if process is None else process.threads[0].comm.decode(errors="backslashreplace")
+    return "" if process is None else process.comm.decode(errors="backslashreplace")
 
 
 def _shared_pages(before: _Side, a: Process | None, after: _Side, b: Process | None) -> int:

@@ -27,7 +27,6 @@ BPF_MAP_TYPE_ARRAY, BPF_MAP_TYPE_PERCPU_ARRAY, BPF_F_MMAPABLE = 2, 6, 1 << 10
 BPF_PROG_TYPE_RAW_TRACEPOINT = 17
 MAP_LOOKUP_ELEM, GET_CURRENT_TASK, PROBE_READ_KERNEL, MAP_LOOKUP_PERCPU_ELEM = 1, 35, 113, 195  # enum bpf_func_id
 SOL_PACKET, PACKET_RX_RING = 263, 5
-PIDTYPE_TGID = 1  # include/linux/pid_types.h
 WINDOW = 1 << 18  # bytes copied by one call
 MAX_LIST = 1 << 20  # entries of a list; more is one that has changed under our eyes
 
@@ -272,14 +271,13 @@ class KernelMemory:
         return self.view("socket", self.file(fd).pointer("private_data")).pointer("sk")
 
     def task(self, pidfd: int) -> View:
-        """The thread group leader that a pidfd refers to."""
+        """The task that a pidfd refers to: of a process its leader."""
         file = self.file(pidfd)
         pid = file.pointer("private_data")
         if not pid:  # since Linux 6.9
             pid = self.view("inode", file.pointer("f_inode")).pointer("i_private")
         tasks, links = self.btf.member("pid", "tasks"), self.btf.member("task_struct", "pid_links")
-        leader = self.pointer(pid + tasks.offset + 8 * PIDTYPE_TGID)
-        return self.view("task_struct", leader - links.offset - 16 * PIDTYPE_TGID)
+        return self.view("task_struct", self.pointer(pid + tasks.offset) - links.offset)  # PIDTYPE_PID is the first
 
     # --- pages
 

@@ -7,6 +7,7 @@ import os
 import select
 import struct
 
+from podtree.kernel import procfs
 from podtree.kernel.sys import NR, syscall
 
 PIDFD_THREAD = os.O_EXCL  # of one thread, not of a process (Linux 6.9); F_GETFL shows it
@@ -18,6 +19,15 @@ _INFO = struct.Struct("QQ11Ii")  # mask, cgroup id, pids and credentials, exit c
 def pidfd_open(pid: int) -> int:
     """A close-on-exec descriptor of the process; readable once it has ended."""
     return syscall(NR.pidfd_open, pid, 0)
+
+
+def pidfd_open_living(pid: int) -> int:
+    """A descriptor of a process by which its descriptors can be had: of a living thread if its leader has ended.
+
+    OSError EINVAL before Linux 6.9 in that case.
+    """
+    tid = procfs.living_thread(pid)
+    return pidfd_open(pid) if tid == pid else syscall(NR.pidfd_open, tid, PIDFD_THREAD)
 
 
 def pidfd_getfd(pidfd: int, fd: int) -> int:

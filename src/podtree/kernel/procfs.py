@@ -18,6 +18,17 @@ def threads(pid: int) -> list[int]:
     return sorted(int(name) for name in os.listdir(f"/proc/{pid}/task"))
 
 
+def living_thread(pid: int) -> int:
+    """The thread through which /proc and other calls reach what a process has: its leader while that lives.
+
+    A leader that has ended shows no memory and no descriptors, though other threads have them. The process's own
+    number if none of its threads lives.
+    """
+    if stat(pid).state not in "ZX":
+        return pid
+    return next((tid for tid in threads(pid) if stat(pid, tid).state not in "ZX"), pid)
+
+
 def status(pid: int, tid: int | None = None) -> dict[str, str]:
     """/proc/PID[/task/TID]/status as a dictionary of stripped strings."""
     path = f"/proc/{pid}/task/{tid}/status" if tid else f"/proc/{pid}/status"

@@ -122,7 +122,7 @@ def _collect_ring(process: FrozenProcess, entry: MapEntry, context: View) -> Aio
         requests=context.number("max_reqs"),
         tail=context.number("tail"),
         prot=sum(bit for letter, bit in letters if letter in entry.perms),
-        data=mm.read_memory(process.host_pid, entry.start, entry.length),
+        data=mm.read_memory(process.living, entry.start, entry.length),
     )
 
 

@@ -32,19 +32,31 @@ class FrozenTask:
 class FrozenProcess:
     """One process (thread group) of the pod while it is stopped.
 
-    `host_pid` is the number in the supervisor's pid namespace, `pid` the one inside the pod.
+    `host_pid` is the number in the supervisor's pid namespace, `pid` the one inside the pod. What the process has is
+    reached through `living`: a leader that has ended shows nothing of it.
     """
 
     host_pid: int
     pid: int
     comm: str
-    pidfd: int  # -1 for a zombie
-    tasks: list[FrozenTask] = field(default_factory=list)  # leader first; none for a zombie
+    pidfd: int  # of a living thread; -1 for a zombie
+    tasks: list[FrozenTask] = field(default_factory=list)  # those that live, leader first; none for a zombie
     zombie: bool = False
 
     @property
-    def leader(self) -> FrozenTask:
+    def first(self) -> FrozenTask:
+        """The thread that speaks for the process: the leader, unless it has ended."""
         return self.tasks[0]
+
+    @property
+    def living(self) -> int:
+        """Host tid of `first`."""
+        return self.tasks[0].tid
+
+    @property
+    def leaderless(self) -> bool:
+        """The leader has ended while other threads live on."""
+        return not self.zombie and self.tasks[0].tid != self.host_pid
 
 
 @dataclass(slots=True)

@@ -20,10 +20,10 @@ from pathlib import Path
 import msgspec
 
 from podtree.errors import Damaged, Refused, RestoreFailed
-from podtree.kernel import fdops
+from podtree.kernel import fdops, procfs
 from podtree.kernel.fdinfo import FdInfo, read_fdinfo
 from podtree.kernel.kcmp import compare_files
-from podtree.kernel.pidfd import pidfd_getfd, pidfd_open
+from podtree.kernel.pidfd import pidfd_getfd, pidfd_open_living
 from podtree.objects import epoll, files, inotify, kinds, mqueue, signalfd, timerfd, tty
 from podtree.objects.contents import Contents
 from podtree.objects.context import CollectContext, FrozenProcess, RestoreContext
@@ -107,9 +107,9 @@ class FileTable:
     def add_process(self, process: FrozenProcess) -> list[Fd]:
         """All descriptors of one process; OSError when it vanishes (the pod isn't frozen)."""
         found = []
-        base = f"/proc/{process.host_pid}/fd/"
+        base = f"/proc/{process.living}/fd/"
         for number in sorted(int(name) for name in os.listdir(base)):
-            info = read_fdinfo(process.host_pid, number)
+            info = read_fdinfo(process.living, number)
             link = os.readlink(os.fsencode(base + str(number)))
             display = f"fd {number} ({link.decode(errors='backslashreplace')})"
             fd = self._duplicate(process, number)
@@ -275,10 +275,11 @@ def _masters_of(pid: int) -> list[int]:
     """Duplicates of the pty masters that a process has open."""
     found = []
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-        pidfd = pidfd_open(pid)
+        tid = procfs.living_thread(pid)
+        pidfd = pidfd_open_living(pid)
         try:
-            for name in os.listdir(f"/proc/{pid}/fd"):
-                if os.readlink(f"/proc/{pid}/fd/{name}").endswith("/ptmx"):
+            for name in os.listdir(f"/proc/{tid}/fd"):
+                if os.readlink(f"/proc/{tid}/fd/{name}").endswith("/ptmx"):
                     found.append(pidfd_getfd(pidfd, int(name)))
         finally:
             os.close(pidfd)

@@ -124,7 +124,7 @@ class PodView:
     """The pod's mounts and paths, seen from outside while it is frozen."""
 
     def __init__(self, ctx: CollectContext) -> None:
-        first = next(p.host_pid for p in ctx.processes if not p.zombie)
+        first = next(p.living for p in ctx.processes if not p.zombie)
         self.mounts = mounts_of(first)
         self.volume_device = os.fstat(ctx.root_fd).st_dev
         self.root = os.open(f"/proc/{first}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)

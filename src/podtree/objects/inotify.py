@@ -21,11 +21,11 @@ from pathlib import Path
 import msgspec
 
 from podtree.errors import Damaged, RestoreFailed
-from podtree.kernel import fdops
+from podtree.kernel import fdops, procfs
 from podtree.kernel import inotify as kernel
 from podtree.kernel.fdinfo import read_fdinfo
 from podtree.kernel.inotify import Event, WatchLine
-from podtree.kernel.pidfd import pidfd_getfd, pidfd_open
+from podtree.kernel.pidfd import pidfd_getfd, pidfd_open_living
 from podtree.objects.context import CollectContext
 from podtree.objects.held import Held, PodView, open_in
 from podtree.objects.inodes import InodeFinder
@@ -163,7 +163,7 @@ class Watchers:
             holders = [h.holders[0] for h in self.everything if h.holders and h.inode == _inode(target)]
             if not holders:
                 return None
-            way = b"%d/%d" % (holders[0][0].host_pid, holders[0][1])
+            way = b"%d/%d" % (holders[0][0].living, holders[0][1])
         return _Hushed(pid, fd, line.wd, line.mask, line.ino, way)
 
     def release(self) -> None:
@@ -215,7 +215,7 @@ def recover(image_dir: Path) -> None:
 
 def _unhush(entry: _Hushed) -> None:
     with contextlib.ExitStack() as stack:
-        pidfd = pidfd_open(entry.pid)
+        pidfd = pidfd_open_living(entry.pid)
         stack.callback(os.close, pidfd)
         fd = pidfd_getfd(pidfd, entry.fd)
         stack.callback(os.close, fd)
@@ -223,7 +223,7 @@ def _unhush(entry: _Hushed) -> None:
         if not any((line.wd, line.ino) == (entry.wd, entry.ino) for line in lines):
             return
         if entry.way.startswith(b"/"):
-            root = os.open(f"/proc/{entry.pid}/root", os.O_PATH | os.O_CLOEXEC)
+            root = os.open(f"/proc/{procfs.living_thread(entry.pid)}/root", os.O_PATH | os.O_CLOEXEC)
             stack.callback(os.close, root)
             target = open_in(root, entry.way)
         else:

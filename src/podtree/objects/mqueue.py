@@ -170,7 +170,8 @@ class Queues:
         info = _info(memory, held.fd)
         owner = info.pointer("notify_owner")
         for process, _ in held.holders if owner else ():
-            if memory.task(process.pidfd).pointer("thread_pid") != owner:
+            leader = memory.view("task_struct", memory.task(process.pidfd).pointer("group_leader"))
+            if leader.pointer("thread_pid") != owner:
                 continue
             method = info.signed("notify.sigev_notify")
             cookie, sock = b"", -1

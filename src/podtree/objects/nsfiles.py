@@ -29,7 +29,7 @@ def is_one(held: Held) -> bool:
 
 def collect(held: Held, ctx: CollectContext) -> NamespaceFile | None:
     """State of a namespace's descriptor; None when refused."""
-    first = next(p.host_pid for p in ctx.processes if not p.zombie)
+    first = next(p.living for p in ctx.processes if not p.zombie)
     for name in NAMES:
         with contextlib.suppress(FileNotFoundError):  # a kernel without that kind
             found = os.stat(f"/proc/{first}/ns/{name}")

@@ -18,7 +18,7 @@ from podtree.objects.descriptors import Fd
 from podtree.objects.memory import Memory
 from podtree.objects.scheduling import Limits
 from podtree.objects.signals import Actions
-from podtree.objects.threads import Thread
+from podtree.objects.threads import EndedLeader, Thread
 from podtree.objects.timers import IntervalTimers, PosixTimer
 from podtree.script.task import Results, Script
 
@@ -50,7 +50,7 @@ class Process(msgspec.Struct, frozen=True, kw_only=True):
     """A living process; zombies have no more than their place (see Zombie)."""
 
     place: Place
-    threads: tuple[Thread, ...]  # leader first
+    threads: tuple[Thread, ...]  # those that live, leader first
     memory: Memory
     fds: tuple[Fd, ...]
     cwd: int  # OpenFile.id
@@ -70,6 +70,12 @@ class Process(msgspec.Struct, frozen=True, kw_only=True):
     membarrier: int  # MEMBARRIER_CMD_REGISTER_* commands in force
     stopped_by: int  # the signal if stopped by job control, else 0
     stop_reported: bool = True  # the parent has waited for that already
+    ended_leader: EndedLeader | None = None  # its leader isn't among `threads` then
+
+    @property
+    def comm(self) -> bytes:
+        """Its name: the leader's."""
+        return self.ended_leader.comm if self.ended_leader else self.threads[0].comm
 
 
 class Zombie(msgspec.Struct, frozen=True, kw_only=True):

@@ -69,7 +69,7 @@ def _idle(entry: Entry, around: Surroundings) -> bool:
 
 def collect(entries: list[Entry], around: Surroundings) -> dict[int, RawSocket]:
     """States of these raw sockets by file id."""
-    peers = _peers(entries[0].process.host_pid) if entries else {}
+    peers = _peers(entries[0].process.living) if entries else {}
     return {
         entry.file_id: RawSocket(
             **entry.base(around),  # type: ignore[arg-type]

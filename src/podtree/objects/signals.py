@@ -74,6 +74,11 @@ def restore_altstack(stack: AltStack, script: Script) -> None:
     script.add(NR.sigaltstack, script.put(data), 0, name="set alternate stack")
 
 
+def number_of(info: bytes) -> int:
+    """Which signal a siginfo_t is of."""
+    return int(struct.unpack_from("<i", info)[0])
+
+
 def collect_pending(tid: int, *, shared: bool) -> list[bytes]:
     """Queued siginfo of a stopped thread or its process."""
     return ptrace.pending_siginfo(tid, shared)
@@ -85,7 +90,7 @@ def restore_pending(pending: list[bytes], script: Script, pid: int, tid: int, *,
     All signals are blocked while this runs.
     """
     for info in pending:
-        number = struct.unpack_from("<i", info)[0]
+        number = number_of(info)
         address = script.put(info)
         if shared:
             script.add(NR.rt_sigqueueinfo, pid, number, address, name=f"queue signal {number}")

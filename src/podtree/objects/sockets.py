@@ -11,8 +11,9 @@ import os
 import socket
 from collections.abc import Callable, Mapping
 
+from podtree.kernel import procfs
 from podtree.kernel import sock as ksock
-from podtree.kernel.pidfd import pidfd_getfd, pidfd_open
+from podtree.kernel.pidfd import pidfd_getfd, pidfd_open_living
 from podtree.kernel.sockdiag import NetworkNamespace
 from podtree.objects import netlink, raw, tcp, tcprestore, udp, udprestore, unix, unixrestore
 from podtree.objects.context import CollectContext, FrozenProcess, RestoreContext
@@ -71,7 +72,7 @@ class SocketCollector:
             self._entries.clear()
 
     def _collect(self) -> dict[int, SocketState]:
-        init = _init_of(self._ctx.processes).host_pid
+        init = _init_of(self._ctx.processes).living
         namespace = _network_namespace(init)
         around = Surroundings(self._ctx, namespace, Defaults(namespace), Groups(init))
         around.by_ino = {entry.ino: entry for entry in self._entries}
@@ -179,13 +180,14 @@ def recover(pids: list[int]) -> None:
     """
     for pid in pids:
         try:
-            numbers = [int(name) for name in os.listdir(f"/proc/{pid}/fd")]
-            pidfd = pidfd_open(pid)
+            tid = procfs.living_thread(pid)
+            numbers = [int(name) for name in os.listdir(f"/proc/{tid}/fd")]
+            pidfd = pidfd_open_living(pid)
         except (FileNotFoundError, ProcessLookupError):
             continue
         try:
             for number in numbers:
-                _recover_fd(pid, pidfd, number)
+                _recover_fd(tid, pidfd, number)
         finally:
             os.close(pidfd)
 

@@ -152,13 +152,13 @@ def collect(ctx: CollectContext, contents: Contents | None = None) -> IpcState:
     With `contents`, the bytes of shared memory go there (saved by what changed); else they are in the state.
     """
     init = next((process for process in ctx.processes if process.pid == 1), ctx.processes[0])
-    with _joined(init.host_pid):
+    with _joined(init.living):
         tables = {name: _table(name) for name in ("shm", "sem", "msg")}
         if not any(tables.values()):
             return IpcState()
         pids = {process.host_pid: process.pid for process in ctx.processes}
         semaphores = tuple(_collect_semaphores(row) for row in tables["sem"])
-        semaphores = _with_pids(semaphores, init.host_pid)
+        semaphores = _with_pids(semaphores, init.living)
         return IpcState(
             tuple(state for row in tables["shm"] if (state := _collect_segment(row, ctx, contents, pids))),
             semaphores,
@@ -203,10 +203,10 @@ def _signed(key: int) -> int:
 def _segment_file(number: int, size: int, processes: list[FrozenProcess]) -> Iterator[int]:
     """The file behind a segment: by somebody's mapping of it; attached for the moment if nobody has one."""
     for process in processes:
-        for entry in procfs.maps(process.host_pid):
+        for entry in [] if process.zombie else procfs.maps(process.living):
             if entry.inode == number and memory.is_attached_segment(entry):
                 fd = os.open(
-                    f"/proc/{process.host_pid}/map_files/{entry.start:x}-{entry.end:x}", os.O_RDONLY | os.O_CLOEXEC
+                    f"/proc/{process.living}/map_files/{entry.start:x}-{entry.end:x}", os.O_RDONLY | os.O_CLOEXEC
                 )
                 try:
                     yield fd
@@ -267,7 +267,7 @@ def _with_pids(sets: tuple[SemaphoreSet, ...], init_host_pid: int) -> tuple[Sema
 def _collect_undo(sets: tuple[SemaphoreSet, ...], ctx: CollectContext) -> Iterator[Undo]:
     """Of all processes. This one has no list, so whoever compares equal to it has none either."""
     for process in ctx.processes:
-        if process.zombie or kcmp.compare_tasks(os.getpid(), process.host_pid, kcmp.KCMP_SYSVSEM) == 0:
+        if process.zombie or kcmp.compare_tasks(os.getpid(), process.living, kcmp.KCMP_SYSVSEM) == 0:
             continue
         memory = insight.memory()
         if memory is None:
@@ -278,7 +278,7 @@ def _collect_undo(sets: tuple[SemaphoreSet, ...], ctx: CollectContext) -> Iterat
             if any(adjustments):
                 yield Undo(process.pid, number, adjustments)
         for task in process.tasks[1:]:
-            if kcmp.compare_tasks(process.host_pid, task.tid, kcmp.KCMP_SYSVSEM) != 0:
+            if kcmp.compare_tasks(process.living, task.tid, kcmp.KCMP_SYSVSEM) != 0:
                 what = f"System V semaphores of thread {task.inner_tid}"
                 ctx.refuse(process, what, "its adjustments (SEM_UNDO) are not those of the other threads")
 

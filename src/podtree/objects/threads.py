@@ -49,6 +49,15 @@ class Thread(msgspec.Struct, frozen=True, kw_only=True):
     scheduling: Scheduling
 
 
+class EndedLeader(msgspec.Struct, frozen=True, kw_only=True):
+    """The leader of a thread group that has ended while other threads live on. `status`: how, as wait(2) reports it."""
+
+    comm: bytes
+    status: int
+    credentials: Credentials
+    scheduling: Scheduling
+
+
 class Asked(msgspec.Struct):
     """Where a thread's script will leave its results."""
 
@@ -109,7 +118,7 @@ def _image_regs(task: FrozenTask) -> Regs:
 
 
 def restore(thread: Thread, script: Script, last_cap: int) -> None:
-    """Add the calls that give a new thread its state, all but its pending signals."""
+    """Add the calls that give a new thread its state, all but pending signals and the one of its parent's end."""
     script.add(NR.prctl, PR_SET_NAME, script.put(thread.comm[:15].ljust(16, b"\0")), 0, 0, 0, name="PR_SET_NAME")
     script.add(NR.set_tid_address, thread.tid_address)
     head, length = thread.robust_list
@@ -121,8 +130,13 @@ def restore(thread: Thread, script: Script, last_cap: int) -> None:
     signals.restore_altstack(thread.altstack, script)
     seccomp.restore(thread.seccomp, script)
     credentials.restore(thread.credentials, script, last_cap)
-    if thread.parent_death_signal:
-        script.add(NR.prctl, PR_SET_PDEATHSIG, thread.parent_death_signal, 0, 0, 0, name="PR_SET_PDEATHSIG")
+
+
+def restore_ended(ended: EndedLeader, script: Script, last_cap: int) -> None:
+    """Add the calls that give a leader that is about to end what will still be seen of it."""
+    script.add(NR.prctl, PR_SET_NAME, script.put(ended.comm[:15].ljust(16, b"\0")), 0, 0, 0, name="PR_SET_NAME")
+    script.add(NR.set_tid_address, 0)
+    credentials.restore(ended.credentials, script, last_cap)
 
 
 class TimedCall(msgspec.Struct, frozen=True):

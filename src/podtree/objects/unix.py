@@ -209,7 +209,7 @@ class _Collector:
     @staticmethod
     def _holder(entry: Entry) -> Credentials:
         """Who holds a socket: the best guess at who connected it, which only the unaccepted end knows."""
-        status = procfs.status(entry.process.host_pid)
+        status = procfs.status(entry.process.living)
         uid, gid = int(status["Uid"].split()[1]), int(status["Gid"].split()[1])
         return Credentials(entry.process.pid, uid, gid, tuple(int(g) for g in status["Groups"].split()))
 
@@ -276,7 +276,7 @@ class _Collector:
             known = {c: _known_peers[c] for c in cookies.values() if c in _known_peers}
             new = [e for e in self.entries if cookies[e.file_id] not in known]
             if new:
-                init = next(p.host_pid for p in self.around.ctx.processes if p.pid == 1)
+                init = next(p.living for p in self.around.ctx.processes if p.pid == 1)
                 pids = peer_pids(init, [e.sock.fileno() for e in new])
                 known |= {cookies[e.file_id]: pid for e, pid in zip(new, pids, strict=True)}
             _known_peers.clear()
@@ -324,14 +324,14 @@ class _Collector:
         """Whether the file lies in the pod's root or in a tmpfs that only the pod has."""
         mount_id = _mount_id(fd)
         if not self.mounts:
-            root = os.open(f"/proc/{entry.process.host_pid}/root", os.O_PATH | os.O_CLOEXEC)
+            root = os.open(f"/proc/{entry.process.living}/root", os.O_PATH | os.O_CLOEXEC)
             try:
                 self.mounts = {_mount_id(root): "root"}
             finally:
                 os.close(root)
         if mount_id not in self.mounts:
             host = {line.split()[2] for line in procfs.read_text("/proc/self/mountinfo").splitlines()}
-            for line in procfs.read_text(f"/proc/{entry.process.host_pid}/mountinfo").splitlines():
+            for line in procfs.read_text(f"/proc/{entry.process.living}/mountinfo").splitlines():
                 words = line.split()
                 own = words[2] not in host and words[words.index("-") + 1] in ("tmpfs", "overlay")
                 self.mounts.setdefault(words[0], "own" if own else "shared")

@@ -20,7 +20,7 @@ import msgspec
 from podtree.kernel import tty
 from podtree.kernel.mount import Resolve, openat2
 from podtree.kernel.namespaces import Clone, clone_python, setns
-from podtree.kernel.pidfd import pidfd_open
+from podtree.kernel.pidfd import pidfd_open, pidfd_open_living
 from podtree.kernel.prctl import Prctl, prctl
 from podtree.pod import wire
 from podtree.pod.launch import LaunchFailed, PodStdio, make_pipes
@@ -52,12 +52,13 @@ def enter(
     report_r, report_w = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     os.set_blocking(report_w, True)
     procs = live.cgroup.open_procs()
+    inside = pidfd_open_living(live.init_pid)
     pid = os.fork()
     if pid == 0:
-        keep = [theirs.fileno(), report_w, live.init_pidfd, hop_fd, *procs]
-        _helper_main(live.init_pidfd, procs, spec, theirs, keep, report_w, hop_fd, program, size)
+        keep = [theirs.fileno(), report_w, inside, hop_fd, *procs]
+        _helper_main(inside, procs, spec, theirs, keep, report_w, hop_fd, program, size)
     theirs.close()
-    for fd in (report_w, *procs):
+    for fd in (inside, report_w, *procs):
         os.close(fd)
     message, fds = wire.receive(ours)
     ours.close()
@@ -82,7 +83,7 @@ def _read_all(fd: int) -> bytes:
 
 
 def _helper_main(
-    init_pidfd: int,
+    inside: int,
     procs: list[int],
     spec: PodSpec,
     channel: socket.socket,
@@ -96,8 +97,8 @@ def _helper_main(
         prctl(Prctl.SET_PDEATHSIG, signal.SIGKILL)
         wire.isolate_child(keep)
         wire.leave_keyring()
-        setns(init_pidfd, _POD)
-        os.close(init_pidfd)
+        setns(inside, _POD)
+        os.close(inside)
         stdio, ends = _make_stdio(spec, size)
         joined_r, joined_w = os.pipe2(os.O_CLOEXEC)
         pid = clone_python(Clone.PARENT)

@@ -15,7 +15,7 @@ def boot_id() -> str:
 def start_time(pid: int) -> int | None:
     """Start of process `pid` in clock ticks since boot (proc_pid_stat(5), field 22); None if it's gone.
 
-    A zombie counts as gone.
+    A zombie counts as gone, unless it is only the leader that has ended, and other threads live.
     """
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
@@ -23,7 +23,8 @@ def start_time(pid: int) -> int | None:
     except (FileNotFoundError, ProcessLookupError):
         return None
     fields = raw[raw.rindex(b")") + 2 :].split()
-    return None if fields[0] in (b"Z", b"X") else int(fields[19])
+    ended = fields[0] in (b"Z", b"X") and int(fields[17]) <= 1
+    return None if ended else int(fields[19])
 
 
 def is_alive(pid: int | None, started: int | None, boot: str | None) -> bool:

@@ -313,7 +313,11 @@ class Restore:
             restorer.set_threads()
             restorer.apply_outside_state()
             restorer.set_leader()
-        sysvipc.settle(manifest.ipc, self._launched.init_pid)
+        for restorer in restorers:
+            restorer.end_leader()
+        for restorer in restorers:
+            restorer.set_death_signals()
+        sysvipc.settle(manifest.ipc, procfs.living_thread(self._launched.init_pid))
         for restorer in _children_first(restorers):
             children = [r.process for r in restorers if r.process.place.ppid == restorer.pid]
             restorer.hear_of_children(children)
@@ -426,7 +430,8 @@ def _asleep(manifest: Manifest, launched: Launched, layout: _Layout) -> Iterator
 def _make_late_files(manifest: Manifest, tree: Tree, layout: _Layout, shared: Shared) -> None:
     """What is of tasks, and what is watched by epoll of that."""
     files = LateFiles(manifest.files, tree, layout.slot_base, layout.bounds.capabilities)
-    tasks = {t.tid for p in manifest.processes for t in p.threads} | {z.place.pid for z in manifest.zombies}
+    tasks = {t.tid for p in manifest.processes for t in p.threads}
+    tasks |= {p.place.pid for p in manifest.processes} | {z.place.pid for z in manifest.zombies}
     files.make(tasks.__contains__)
     needed = {p.place.pid: {fd.file for fd in p.fds} | {p.cwd, p.root} for p in manifest.processes}
     for own in shared.deferred.watches:

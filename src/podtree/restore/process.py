@@ -26,6 +26,7 @@ from podtree.objects.sysvipc import IpcState
 from podtree.restore import pager
 from podtree.restore.arena import SIZE, Body
 from podtree.restore.pager import Lazy, Piece
+from podtree.restore.tree import end_thread
 from podtree.script.task import Remote, Script, check
 
 EPOLL_CTL_ADD = 1
@@ -68,7 +69,7 @@ class ProcessRestorer:
         self.body = body
         self.shared = shared
         self.pid = process.place.pid
-        self.bodies: list[Body] = [body]  # one per thread
+        self.bodies: list[Body] = [] if process.ended_leader else [body]  # one per thread
         self.later: Lazy | None = None  # memory that is still to come
 
     # --- memory
@@ -253,15 +254,19 @@ class ProcessRestorer:
     # --- threads
 
     def clone_threads(self) -> None:
-        """Create the other threads with their ids, early: timers and descriptors may refer to them."""
-        for thread in self.process.threads[1:]:
+        """Create the other threads with their ids, early: timers and descriptors may refer to them.
+
+        A leader that is to have ended makes them all, and is the one that acts for the process until `end_leader`.
+        """
+        for thread in self.process.threads[len(self.bodies) :]:
             child = self.body.clone(THREAD_FLAGS, 0, thread.tid)
             self.bodies.append(Body(child, self.body.arena, self.body.family))
 
     def set_threads(self) -> None:
         """Give every thread but the leader its own state."""
-        for thread, body in zip(self.process.threads[1:], self.bodies[1:], strict=True):
-            self._set_thread(thread, body)
+        for thread, body in zip(self.process.threads, self.bodies, strict=True):
+            if body is not self.body:
+                self._set_thread(thread, body)
 
     def _set_thread(self, thread: threads.Thread, body: Body) -> None:
         script = body.script()
@@ -282,30 +287,61 @@ class ProcessRestorer:
         host = self.body.tid
         for thread, body in zip(self.process.threads, self.bodies, strict=True):
             scheduling.restore(thread.scheduling, body.tid)
+        if self.process.ended_leader:
+            scheduling.restore(self.process.ended_leader.scheduling, host)
         scheduling.restore_limits(self.process.limits, host)
 
     def set_leader(self) -> None:
         """The leader's own state, after all that needs its privileges; process-wide signals and timers."""
-        self._set_thread(self.process.threads[0], self.body)
+        ended = self.process.ended_leader
+        if not ended:
+            self._set_thread(self.process.threads[0], self.body)
         script = self.body.script()
+        if ended:
+            threads.restore_ended(ended, script, self.shared.last_cap)
         if self.process.dumpable in (0, 1):
             script.add(NR.prctl, processes.PR_SET_DUMPABLE, self.process.dumpable, 0, 0, 0, name="PR_SET_DUMPABLE")
         self.body.run(script)
+
+    def end_leader(self) -> None:
+        """Have the leader end, if it had: from here on another thread acts for the process.
+
+        Only the leader may queue any siginfo for the process (kernel/signal.c, do_rt_sigqueueinfo()), so that comes
+        first. Before children of it ask for a signal at their parent's end: that is a thread's (PR_SET_PDEATHSIG).
+        """
+        ended = self.process.ended_leader
+        if not ended:
+            return
+        script = self.body.script()
+        _take_back_sigchld(script)
+        signals.restore_pending(list(self.process.pending), script, self.pid, self.pid, shared=True)
+        self.body.run(script)
+        end_thread(self.body, ended.status)
+        self.body = self.bodies[0]
+
+    def set_death_signals(self) -> None:
+        """The signal that each thread gets when its parent ends, which changes of credentials take away."""
+        for thread, body in zip(self.process.threads, self.bodies, strict=True):
+            if thread.parent_death_signal:
+                body.do(NR.prctl, threads.PR_SET_PDEATHSIG, thread.parent_death_signal, 0, 0, 0)
 
     # --- the end: children before their parents
 
     def hear_of_children(self, children: list[Process]) -> None:
         """Growing the tree and stopping children has sent SIGCHLDs and left news for wait(2): take them back.
 
-        What really was pending is queued afterwards.
+        What really was pending is queued afterwards; where the leader has done so before it ended, a SIGCHLD among
+        that can't be told from ours, nor has to be, since there is one at most.
         """
+        queued = self.process.ended_leader is not None
         script = self.body.script()
         for child in children:
             if child.stopped_by and child.stop_reported:
                 script.add(NR.wait4, child.place.pid, 0, os.WNOHANG | os.WUNTRACED, 0, name="wait for stopped child")
-        mask = script.put(struct.pack("<QQQ", 1 << (signal.SIGCHLD - 1), 0, 0))
-        script.add(NR.rt_sigtimedwait, mask, 0, mask + 8, 8)
-        signals.restore_pending(list(self.process.pending), script, self.pid, self.pid, shared=True)
+        if not (queued and any(signals.number_of(info) == signal.SIGCHLD for info in self.process.pending)):
+            _take_back_sigchld(script)
+        if not queued:
+            signals.restore_pending(list(self.process.pending), script, self.pid, self.pid, shared=True)
         late = self.shared.late_ns(self.process.read_ns)
         timers.restore_interval_timers(self.process.interval_timers, script, late)
         self.body.run(script)
@@ -387,6 +423,12 @@ def _filled_vmas(vmas: tuple[Vma, ...], runs: list[Run]) -> set[int]:
             filled.add(index)
             start = min(end, vma.end)
     return filled
+
+
+def _take_back_sigchld(script: Script) -> None:
+    """Add the call that takes a pending SIGCHLD away, if there is one."""
+    mask = script.put(struct.pack("<QQQ", 1 << (signal.SIGCHLD - 1), 0, 0))
+    script.add(NR.rt_sigtimedwait, mask, 0, mask + 8, 8)
 
 
 def _find_syscall(tid: int, vdso: Vma) -> int:

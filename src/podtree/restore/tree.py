@@ -149,6 +149,20 @@ class Tree:
         body.do(NR.close, fd)
 
 
+def end_thread(body: Body, status: int) -> None:
+    """Let a thread group's leader end by exit(2) while other threads live on. Raises RestoreFailed.
+
+    It must not be traced then: a tracer can't wait for such a leader, and the process's parent would not be told of
+    the process's end. What it runs is one instruction of the arena, with all signals blocked.
+    """
+    body.remote.leave_by(NR.exit, status >> 8)
+    deadline = time.monotonic() + DEATH_PATIENCE_S
+    while procfs.stat(body.tid, body.tid).state != "Z":
+        if time.monotonic() > deadline:
+            raise RestoreFailed(f"thread {body.tid} did not end")
+        time.sleep(0.0002)
+
+
 def _die(body: Body, status: int) -> None:
     """Let a task end with a wait status: by exit, or by a signal at its default action (no core file)."""
     ended_by = status & 0x7F

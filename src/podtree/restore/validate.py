@@ -88,6 +88,7 @@ def _check_pod(manifest: Manifest) -> None:
     places = [p.place for p in manifest.processes] + [z.place for z in manifest.zombies]
     pids = [place.pid for place in places]
     tids = [t.tid for p in manifest.processes for t in p.threads] + [z.place.pid for z in manifest.zombies]
+    tids += [p.place.pid for p in manifest.processes if p.ended_leader]
     _expect(len(set(pids)) == len(pids) and len(set(tids)) == len(tids), "two processes or threads of one number")
     for place in places:
         _check_place(place)
@@ -131,7 +132,9 @@ def _check_owner(file: OpenFile) -> None:
 
 def _check_process(process: Process, files: set[int], bounds: Bounds) -> None:
     pid = process.place.pid
-    _expect(process.threads and process.threads[0].tid == pid, f"process {pid} has no thread of its number")
+    _expect(process.threads, f"process {pid} has no threads")
+    led = process.threads[0].tid == pid
+    _expect(led != bool(process.ended_leader), f"process {pid} has no thread of its number, or two")
     numbers = [fd.fd for fd in process.fds]
     _expect(len(set(numbers)) == len(numbers), f"process {pid} has one descriptor twice")
     _expect(all(0 <= number < MAX_FD for number in numbers), f"process {pid} has impossible descriptors")
@@ -143,6 +146,11 @@ def _check_process(process: Process, files: set[int], bounds: Bounds) -> None:
     _check_limits(pid, process.limits)
     for thread in process.threads:
         _check_thread(pid, thread, bounds)
+    if process.ended_leader:
+        who = f"the leader of process {pid}"
+        _expect(0 <= process.ended_leader.status < 1 << 16 and not process.ended_leader.status & 0xFF, who)
+        _check_credentials(who, process.ended_leader.credentials, bounds)
+        _check_scheduling(who, process.ended_leader.scheduling)
 
 
 def _references(process: Process) -> Iterator[int]:

@@ -95,6 +95,12 @@ class Remote:
         self.step_syscall()
         return ptrace.get_regs(self.tid).rax
 
+    def leave_by(self, nr: NR, *args: int) -> None:
+        """Let the task go into a system call from which it doesn't return. It isn't traced any more."""
+        names = ("rdi", "rsi", "rdx", "r10", "r8", "r9")
+        self._enter(stub.ONE, rax=nr, **dict(zip(names, args, strict=False)))
+        ptrace.detach(self.tid)
+
     def step_syscall(self) -> None:
         """Run the system call that the registers are set up for; stops at its exit."""
         for _ in range(2):
