@@ -174,3 +174,11 @@ def histories(draw: st.DrawFn) -> list[Place]:
 @given(histories())
 def test_whatever_history_leaves_can_be_grown(places: list[Place]) -> None:
     grow(places)
+
+
+def test_sharing_with_the_parent() -> None:
+    """Who shares with its parent is made by it, by the flags of clone(2); where that can't be, the plan is refused."""
+    steps = plan_tree([place(1, 0, 1), place(5, 1, 5), place(6, 5, 5)], {6: 0x100})
+    assert [step for step in steps if isinstance(step, Spawn) and step.pid == 6] == [Spawn(5, 6, 17, 0x100)]
+    with pytest.raises(RestoreFailed, match="share"):  # an orphan in a foreign session, made by a helper
+        plan_tree([place(1, 0, 1), place(5, 1, 5), place(6, 1, 5)], {6: 0x400})

@@ -39,8 +39,9 @@ from podtree.objects.context import CollectContext
 from podtree.objects.descriptors import FileTable
 from podtree.objects.memory import ScannedPages
 from podtree.objects.processes import Process
+from podtree.objects.tables import clone_flags
 from podtree.pod.live import INIT, LivePod
-from podtree.restore import pager
+from podtree.restore import pager, plan
 from podtree.restore.pager import Filling
 from podtree.script import vdso
 
@@ -97,6 +98,7 @@ class Checkpointer:
         self._freezer = Freezer(live.pids)
         self._maps = MapCache()
         self._buffer: mmap.mmap | None = None
+        self._borrowers: set[int] = set()  # pids inside the pod: their address spaces are other processes'
         self._precopied = 0  # bytes written ahead of the stop
         # at the last checkpoint: host pid -> a living thread, the pages of rseq(2)
         self._seen: dict[int, tuple[int, set[int]]] | None = None
@@ -261,8 +263,12 @@ class Checkpointer:
         """Remember what `untouched` compares with, where every process is tracked."""
         if all(tracker.uffd >= 0 and tracker.complete for tracker in self._trackers.values()):
             by_pid = {p.pid: p for p in frozen.processes}
+            by_space: dict[str, set[int]] = {}
+            for p in manifest.processes:
+                by_space.setdefault(p.memory.pages, set()).update(_rseq_pages(p))
             self._seen = {
-                by_pid[p.place.pid].host_pid: (by_pid[p.place.pid].living, _rseq_pages(p)) for p in manifest.processes
+                by_pid[p.place.pid].host_pid: (by_pid[p.place.pid].living, by_space[p.memory.pages])
+                for p in manifest.processes
             }
 
     def recover(self) -> None:
@@ -386,6 +392,7 @@ class Checkpointer:
             tmpfs=mounts,
             queues=table.queues.named(),
         )
+        _refuse_what_cannot_grow(manifest, context)
         return manifest, views
 
     def _stdio_sets(self, frozen: Frozen) -> Iterator[StdioSet]:
@@ -408,6 +415,7 @@ class Checkpointer:
 
     def _adopt_trackers(self, views: list[ProcessView]) -> None:
         """Keep the userfaultfds of new address spaces; drop those of processes that are gone."""
+        self._borrowers = {view.process.pid for view in views if view.borrowed}
         for view in views:
             pid = view.process.pid
             if view.uffd >= 0:
@@ -415,7 +423,7 @@ class Checkpointer:
                     self._trackers.pop(pid).close()
                 self._trackers[pid] = Tracker(view.uffd)
                 view.uffd = -1
-        for pid in self._trackers.keys() - {v.process.pid for v in views}:
+        for pid in self._trackers.keys() - {v.process.pid for v in views if not v.borrowed}:
             self._trackers.pop(pid).close()
 
     def _forget_tracking(self) -> None:
@@ -461,7 +469,7 @@ class Checkpointer:
             context = self._context(frozen, dry_run=True)
             views = collect.look(frozen, context, self._maps)
             self._adopt_trackers(views)
-            armed = [(v, self._arm(v)) for v in views if not any(map(aio.is_ring, v.entries))]
+            armed = [(v, self._arm(v)) for v in views if not v.borrowed and not any(map(aio.is_ring, v.entries))]
             armed = [(v, t) for v, t in armed if t.uffd >= 0 and not t.complete]
             wanted = [_wanted(memory.scan(v.process.living, v.entries, tracked=True), t) for v, t in armed]
         finally:
@@ -479,8 +487,9 @@ class Checkpointer:
         total = 0
         for pid in self.live.pids():
             with contextlib.suppress(OSError, ValueError):
-                tracker = self._trackers.get(procfs.ns_pids(procfs.status(pid))[-1])
-                if tracker is None or not tracker.complete:
+                inner = procfs.ns_pids(procfs.status(pid))[-1]
+                tracker = self._trackers.get(inner)
+                if inner not in self._borrowers and (tracker is None or not tracker.complete):
                     text = procfs.status(procfs.living_thread(pid))
                     total += int(text.get("RssAnon", "0 kB").split()[0]) << 10
         return total
@@ -521,7 +530,7 @@ class Checkpointer:
         """Copy all pages that the page files don't have into one buffer."""
         todo: list[tuple[ProcessView, Tracker, ScannedPages, list[Run]]] = []
         total = 0
-        for view in views:
+        for view in (view for view in views if not view.borrowed):
             tracker = self._arm(view)
             scanned = memory.scan(view.process.living, view.entries, tracked=tracker.uffd >= 0)
             wanted = _wanted(scanned, tracker)
@@ -542,7 +551,7 @@ class Checkpointer:
 
     def _keep_maps(self, views: list[ProcessView]) -> None:
         for view in views:
-            if not view.rearranged:
+            if not (view.rearranged or view.borrowed):
                 self._maps.keep(view.process, view.entries)
 
     def _room(self, size: int) -> memoryview:
@@ -623,6 +632,15 @@ def _wanted(scanned: ScannedPages, tracker: Tracker) -> list[Run]:
         return scanned.saved
     certain = subtract_runs(scanned.saved, merge_runs(tracker.doubtful))
     return merge_runs([*scanned.written, *subtract_runs(scanned.saved, certain)])
+
+
+def _refuse_what_cannot_grow(manifest: Manifest, context: CollectContext) -> None:
+    """Any tree of processes can be made again, but for some whose processes share tables."""
+    if any(clone_flags(p.shared) for p in manifest.processes):
+        try:
+            plan.plan_image(manifest)
+        except RestoreFailed as failed:
+            context.refuse(None, "processes that share tables", failed.message)
 
 
 def _rseq_pages(process: Process) -> set[int]:

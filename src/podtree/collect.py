@@ -8,27 +8,40 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import os
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import msgspec
+
 from podtree.freeze import Frozen
-from podtree.kernel import kcmp, mm, procfs, ptrace
+from podtree.kernel import mm, procfs, ptrace
 from podtree.kernel.mountinfo import mounts_of
 from podtree.kernel.pidfd import pidfd_getfd
 from podtree.kernel.procfs import MapEntry
 from podtree.kernel.sys import NR
 from podtree.mapcache import MapCache
-from podtree.objects import aio, credentials, memory, processes, scheduling, seccomp, signals, threads, timers, tmpfs
+from podtree.objects import (
+    aio,
+    credentials,
+    memory,
+    processes,
+    scheduling,
+    seccomp,
+    signals,
+    tables,
+    threads,
+    timers,
+    tmpfs,
+)
 from podtree.objects.aio import AioRing
 from podtree.objects.contents import Contents
-from podtree.objects.context import CollectContext, FrozenProcess
+from podtree.objects.context import CollectContext, FrozenProcess, FrozenTask
 from podtree.objects.descriptors import Fd, FileTable
 from podtree.objects.held import OWN_TMPFS
 from podtree.objects.memory import Memory, Vma
 from podtree.objects.processes import Place, Process, Zombie
+from podtree.objects.tables import Directories
 from podtree.objects.threads import EndedLeader, Thread
 from podtree.objects.tmpfs import TmpfsMount
 from podtree.script.task import Remote, Results, Scratch, Script
@@ -45,6 +58,7 @@ class ProcessView:
 
     process: FrozenProcess
     entries: list[MapEntry] = field(default_factory=list)
+    borrowed: bool = False  # its address space is another process's, which is saved with that one
     threads: list[Thread] = field(default_factory=list)
     asked: processes.Asked | None = None
     results: Results | None = None
@@ -68,14 +82,18 @@ def _wants_tracking(view: ProcessView) -> bool:
 
 def look(frozen: Frozen, ctx: CollectContext, maps: MapCache, *, track: bool = True) -> list[ProcessView]:
     """Read the mappings of all processes and let all tasks tell their state by script."""
-    views = []
+    views: list[ProcessView] = []
     stopped = _stopped_children(frozen)
+    ctx.sharing = tables.collect(frozen.processes, ctx)
     for process in frozen.processes:
         if process.zombie:
             continue
-        view = ProcessView(process, maps.of(process))
+        owner = ctx.sharing.of(process.pid).memory
+        entries = next((v.entries for v in views if v.process.pid == owner), None) if owner else None
+        view = ProcessView(process, maps.of(process) if entries is None else entries, bool(owner))
         if _can_run_scripts(view, ctx):
-            _interview(view, stopped.get(process.host_pid, []), track=track and _wants_tracking(view))
+            wanted = track and not view.borrowed and _wants_tracking(view)
+            _interview(view, stopped.get(process.host_pid, []), track=wanted)
             views.append(view)
     return views
 
@@ -123,7 +141,8 @@ def _interview(view: ProcessView, stopped_children: list[int], *, track: bool) -
                 number = view.results.values[uffd]
                 view.uffd = _take_uffd(process.pidfd, number)
                 remote.do(NR.close, number)
-            view.lock_future = memory.future_locks(process.living, view.entries, area.address)
+            if not view.borrowed:
+                view.lock_future = memory.future_locks(process.living, view.entries, area.address)
             view.unreported_stops = processes.read_stops(asked_stops, view.results)
             if process.pid == 1:
                 view.last_pid = _ask_last_pid(remote, area)
@@ -212,13 +231,13 @@ def collect_processes(
     mapped: dict[tuple[tuple[int, int], int, str, bool], int | None] = {}
     unreported = {pid for v in views for pid in v.unreported_stops}
     # Before all else: requests under way, which are waited for, count in eventfds and write to shared memory.
-    rings = {v.process.pid: aio.collect(v.process, v.entries, ctx) for v in views}
+    rings = {v.process.pid: () if v.borrowed else aio.collect(v.process, v.entries, ctx) for v in views}
     found = [
         _collect_process(v, places[v.process.pid], ctx, table, inner_tid, mapped, unreported, rings[v.process.pid])
         for v in views
     ]
     zombies = [_collect_zombie(p, places[p.pid]) for p in frozen.processes if p.zombie]
-    _refuse_sharing(frozen, ctx)
+    _refuse_namespaces(frozen, ctx)
     return Collected(found, zombies, max((v.last_pid for v in views), default=0))
 
 
@@ -236,7 +255,12 @@ def _collect_process(
     assert asked is not None and results is not None
     living = process.living
     _refuse_task_state(view, ctx, results)
-    fds: list[Fd] = table.add_process(process)
+    shared = ctx.sharing.of(process.pid)
+    fds: list[Fd] = [] if shared.files else table.add_process(process)
+    for index, task in enumerate(process.tasks):
+        if own := ctx.sharing.own.get(task.inner_tid):
+            view.threads[index] = _with_own_tables(view.threads[index], process, task, own, table)
+    directories = _directories(process.living, process.first.status, table)
     if results.values[asked.brk] >> 47:
         ctx.refuse(process, "brk", "the program break can't be read")
     return Process(
@@ -244,11 +268,11 @@ def _collect_process(
         threads=tuple(view.threads),
         memory=_collect_memory(view, ctx, table, results.values[asked.brk], mapped, rings),
         fds=tuple(fds),
-        cwd=_add_directory(process, "cwd", table),
-        root=_add_root(process, table),
+        cwd=directories.cwd,
+        root=directories.root,
         exe=_add_link(f"/proc/{living}/exe", os.O_RDONLY, table),
-        umask=int(process.first.status["Umask"], 8),
-        actions=signals.read_actions(asked.actions, results),
+        umask=directories.umask,
+        actions=signals.Actions({}) if shared.actions else signals.read_actions(asked.actions, results),
         pending=tuple(signals.collect_pending(living, shared=True)),
         read_ns=view.read_ns + ctx.clock_offset_ns,
         interval_timers=timers.read_interval_timers(asked.interval_timers, results),
@@ -261,6 +285,7 @@ def _collect_process(
         membarrier=results.values[asked.membarrier] if results.ok(asked.membarrier) else 0,
         stopped_by=process.first.group_stop,
         stop_reported=process.pid not in unreported,
+        shared=shared,
         ended_leader=_ended_leader(view, ctx) if process.leaderless else None,
     )
 
@@ -288,6 +313,9 @@ def _collect_memory(
     rings: tuple[AioRing, ...],
 ) -> Memory:
     process = view.process
+    layout = memory.collect_layout(process.living, brk)
+    if view.borrowed:
+        return Memory(vmas=(), layout=layout, pages=str(ctx.sharing.of(process.pid).memory))
 
     def file_of(entry: MapEntry, writable: bool) -> int | None:
         key = (entry.device, entry.inode, entry.path, writable)
@@ -298,7 +326,7 @@ def _collect_memory(
     vmas: list[Vma] = memory.collect_vmas(view.entries, file_of, functools.partial(ctx.refuse, process))
     return Memory(
         vmas=tuple(vmas),
-        layout=memory.collect_layout(process.living, brk),
+        layout=layout,
         pages=str(process.pid),
         rings=rings,
         lock_future=view.lock_future,
@@ -328,15 +356,26 @@ def _add_link(path: str, access: int, table: FileTable) -> int:
         os.close(fd)
 
 
-def _add_directory(process: FrozenProcess, which: str, table: FileTable) -> int:
-    return _add_link(f"/proc/{process.living}/{which}", os.O_PATH | os.O_DIRECTORY, table)
+def _directories(tid: int, status: dict[str, str], table: FileTable) -> Directories:
+    """Of a thread (host tid). The pod's own root isn't registered."""
+    access = os.O_PATH | os.O_DIRECTORY
+    rooted = os.readlink(f"/proc/{tid}/root") != "/"
+    return Directories(
+        cwd=_add_link(f"/proc/{tid}/cwd", access, table),
+        root=_add_link(f"/proc/{tid}/root", access, table) if rooted else -1,
+        umask=int(status["Umask"], 8),
+    )
 
 
-def _add_root(process: FrozenProcess, table: FileTable) -> int:
-    """-1 for the pod's root; a chroot is registered."""
-    if os.readlink(f"/proc/{process.living}/root") == "/":
-        return -1
-    return _add_directory(process, "root", table)
+def _with_own_tables(
+    thread: Thread, process: FrozenProcess, task: FrozenTask, own: set[str], table: FileTable
+) -> Thread:
+    return msgspec.structs.replace(
+        thread,
+        fds=tuple(table.add_thread(process, task)) if "files" in own else None,
+        directories=_directories(task.tid, task.status, table) if "directories" in own else None,
+        own_undo="undo" in own,
+    )
 
 
 def _collect_zombie(process: FrozenProcess, place: Place) -> Zombie:
@@ -363,17 +402,10 @@ def _refuse_task_state(view: ProcessView, ctx: CollectContext, results: Results)
             ctx.refuse(process, f"thread {thread.tid}", "has a seccomp filter that notifies another process")
         if thread.xstate == b"":
             ctx.refuse(process, f"thread {thread.tid}", "its FPU state can't be read")
-    for task in process.tasks[1:]:
-        if not _same_link(process.living, task.tid, "cwd") or not _same_link(process.living, task.tid, "root"):
-            ctx.refuse(process, f"thread {task.inner_tid}", "has a working or root directory of its own")
 
 
-def _same_link(a: int, b: int, name: str) -> bool:
-    return os.readlink(f"/proc/{a}/{name}") == os.readlink(f"/proc/{b}/{name}")
-
-
-def _refuse_sharing(frozen: Frozen, ctx: CollectContext) -> None:
-    """Namespaces other than the pod's; a tracer inside the pod; tables shared between processes."""
+def _refuse_namespaces(frozen: Frozen, ctx: CollectContext) -> None:
+    """Namespaces other than the pod's."""
     living = [p for p in frozen.processes if not p.zombie]
     if not living:
         return
@@ -384,37 +416,12 @@ def _refuse_sharing(frozen: Frozen, ctx: CollectContext) -> None:
             for name, expected in names.items():
                 if _namespace(task.tid, name) != expected:
                     ctx.refuse(process, f"{name} namespace", "is not the pod's own")
-    _refuse_shared_tables(living, ctx)
 
 
 def _namespace(tid: int, name: str) -> str:
     with contextlib.suppress(FileNotFoundError):
         return os.readlink(f"/proc/{tid}/ns/{name}")
     return ""
-
-
-def _refuse_shared_tables(living: list[FrozenProcess], ctx: CollectContext) -> None:
-    kinds = (
-        (kcmp.KCMP_VM, "address space"),
-        (kcmp.KCMP_FILES, "descriptor table"),
-        (kcmp.KCMP_FS, "working directory and root (CLONE_FS)"),
-        (kcmp.KCMP_SIGHAND, "signal actions (CLONE_SIGHAND)"),
-    )
-    for kind, name in kinds:
-        for a, b in _equal_pairs(living, kind):
-            ctx.refuse(b, name, f"is shared with process {a.pid}")
-
-
-def _equal_pairs(living: list[FrozenProcess], kind: int) -> Iterator[tuple[FrozenProcess, FrozenProcess]]:
-    """Processes that share a kernel object: sort by kcmp(2)'s order, then compare neighbours."""
-
-    def order(a: FrozenProcess, b: FrozenProcess) -> int:
-        return kcmp.compare_tasks(a.living, b.living, kind)
-
-    ordered = sorted(living, key=functools.cmp_to_key(order))
-    for a, b in itertools.pairwise(ordered):
-        if order(a, b) == 0:
-            yield a, b
 
 
 def collect_tmpfs_mounts(living: int, ctx: CollectContext, contents: Contents) -> tuple[TmpfsMount, ...]:

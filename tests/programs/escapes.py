@@ -38,7 +38,7 @@ FORBIDDEN = {
     "mount_setattr": 442, "move_mount": 429, "move_pages": 279, "nfsservctl": 180, "open_by_handle_at": 304,
     "open_tree": 428, "perf_event_open": 298, "pidfd_getfd": 438, "pivot_root": 155, "process_madvise": 440,
     "quotactl": 179, "quotactl_fd": 443, "reboot": 169, "request_key": 249, "setdomainname": 171, "setns": 308,
-    "settimeofday": 164, "swapoff": 168, "swapon": 167, "syslog": 103, "umount2": 166, "unshare": 272,
+    "settimeofday": 164, "swapoff": 168, "swapon": 167, "syslog": 103, "umount2": 166,
     "uselib": 134, "userfaultfd": 323, "vhangup": 153, "landlock_create_ruleset": 444, "clone3": 435,
     "a call of the future": 500,
 }  # fmt: skip

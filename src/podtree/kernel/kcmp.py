@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
+import threading
 
 from podtree.kernel.sys import NR, syscall
 
@@ -14,11 +15,21 @@ KCMP_FS = 3
 KCMP_SIGHAND = 4
 KCMP_SYSVSEM = 6
 KCMP_EPOLL_TFD = 7
+CLONE_SYSVSEM = 0x40000  # include/uapi/linux/sched.h
 
 
 def compare_tasks(tid1: int, tid2: int, kind: int) -> int:
     """Order the `kind` of object (KCMP_VM, _FILES, _FS, _SIGHAND, _SYSVSEM) of two tasks: -1, 0 (shared) or 1."""
     return (0, -1, 1)[syscall(NR.kcmp, tid1, tid2, kind, 0, 0)]
+
+
+def has_undo_list(tid: int) -> bool:
+    """Whether a task has a list of adjustments (SEM_UNDO), alone or with others; those that have none compare equal.
+
+    The calling thread is what it is compared with, which is made to have none: creating a thread gives it one.
+    """
+    syscall(NR.unshare, CLONE_SYSVSEM)
+    return compare_tasks(threading.get_native_id(), tid, KCMP_SYSVSEM) != 0
 
 
 def compare_files(fd1: int, fd2: int) -> int:

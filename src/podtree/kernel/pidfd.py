@@ -27,7 +27,18 @@ def pidfd_open_living(pid: int) -> int:
     OSError EINVAL before Linux 6.9 in that case.
     """
     tid = procfs.living_thread(pid)
-    return pidfd_open(pid) if tid == pid else syscall(NR.pidfd_open, tid, PIDFD_THREAD)
+    return pidfd_open(pid) if tid == pid else pidfd_open_thread(tid)
+
+
+def pidfd_open_thread(tid: int) -> int:
+    """A close-on-exec descriptor of one thread (Linux 6.9; OSError EINVAL before)."""
+    return syscall(NR.pidfd_open, tid, PIDFD_THREAD)
+
+
+def pidfd_open_any(tid: int) -> int:
+    """A close-on-exec descriptor of a thread, be it a leader or not; of another one only since Linux 6.9."""
+    leader = int(procfs.status(tid)["Tgid"]) == tid
+    return pidfd_open(tid) if leader else pidfd_open_thread(tid)
 
 
 def pidfd_getfd(pidfd: int, fd: int) -> int:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from podtree.errors import Problem
 from podtree.kernel.ptrace import Regs
+from podtree.objects.tables import Sharing
 
 if TYPE_CHECKING:
     from podtree.objects.mqueue import PosixQueue
@@ -75,6 +76,7 @@ class CollectContext:
     on_hold: Callable[[], None] = lambda: None  # the pod stays stopped from here on even if the supervisor dies
     on_let_go: Callable[[], None] = lambda: None  # the reverse
     holds: int = 0
+    sharing: Sharing = field(default_factory=Sharing)
 
     def hold(self) -> None:
         """Something of the pod's is not as it was: keep it stopped, even if the supervisor dies, until `let_go`."""

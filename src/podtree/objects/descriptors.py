@@ -8,6 +8,7 @@ which are the same open file description. Restore: the builder makes each descri
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import fcntl
 import os
@@ -23,10 +24,10 @@ from podtree.errors import Damaged, Refused, RestoreFailed
 from podtree.kernel import fdops, procfs
 from podtree.kernel.fdinfo import FdInfo, read_fdinfo
 from podtree.kernel.kcmp import compare_files
-from podtree.kernel.pidfd import pidfd_getfd, pidfd_open_living
+from podtree.kernel.pidfd import pidfd_getfd, pidfd_open_living, pidfd_open_thread
 from podtree.objects import epoll, files, inotify, kinds, mqueue, signalfd, timerfd, tty
 from podtree.objects.contents import Contents
-from podtree.objects.context import CollectContext, FrozenProcess, RestoreContext
+from podtree.objects.context import CollectContext, FrozenProcess, FrozenTask, RestoreContext
 from podtree.objects.held import Held, PodView, pod_id
 from podtree.objects.slots import RAISE_LIMIT, raise_descriptor_limit, slot_base, too_many
 from podtree.objects.tty import ControllingTerminal
@@ -100,6 +101,7 @@ class FileTable:
         self.all: list[Held] = []
         self._same: dict[tuple[int, int, int], list[Held]] = {}
         self._local: dict[tuple[int, int, int], Held] = {}
+        self._pidfds: list[int] = []
         self._locks: dict[int, dict[FileLock, None]] = {}
         self.watchers = inotify.Watchers(ctx, self.view, self.all)
         self.queues = mqueue.Queues(ctx, self.view, self.all)
@@ -118,6 +120,13 @@ class FileTable:
             self._note_locks(held, info, process)
             found.append(Fd(number, held.id, bool(info.flags & os.O_CLOEXEC)))
         return found
+
+    def add_thread(self, process: FrozenProcess, task: FrozenTask) -> list[Fd]:
+        """All descriptors of a thread that has a table for itself. It holds them like a process of its number."""
+        pidfd = pidfd_open_thread(task.tid)
+        self._pidfds.append(pidfd)
+        alone = dataclasses.replace(process, host_pid=task.tid, pid=task.inner_tid, pidfd=pidfd, tasks=[task])
+        return self.add_process(alone)
 
     def _duplicate(self, process: FrozenProcess, number: int) -> int:
         try:
@@ -242,8 +251,9 @@ class FileTable:
         """Close the supervisor's duplicates; ghosts go too. May be called again."""
         self.drop_ghosts()
         self.watchers.release()
-        for held in self.all:
-            os.close(held.fd)
+        for fd in [*self._pidfds, *(held.fd for held in self.all)]:
+            os.close(fd)
+        self._pidfds.clear()
         self.all.clear()
         self._same.clear()
         self._local.clear()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterable, Iterator
 
 import msgspec
 
@@ -18,6 +19,7 @@ from podtree.objects.descriptors import Fd
 from podtree.objects.memory import Memory
 from podtree.objects.scheduling import Limits
 from podtree.objects.signals import Actions
+from podtree.objects.tables import SharedTables
 from podtree.objects.threads import EndedLeader, Thread
 from podtree.objects.timers import IntervalTimers, PosixTimer
 from podtree.script.task import Results, Script
@@ -70,6 +72,7 @@ class Process(msgspec.Struct, frozen=True, kw_only=True):
     membarrier: int  # MEMBARRIER_CMD_REGISTER_* commands in force
     stopped_by: int  # the signal if stopped by job control, else 0
     stop_reported: bool = True  # the parent has waited for that already
+    shared: SharedTables = SharedTables()  # what is another process's is empty here, or a copy of its
     ended_leader: EndedLeader | None = None  # its leader isn't among `threads` then
 
     @property
@@ -84,6 +87,16 @@ class Zombie(msgspec.Struct, frozen=True, kw_only=True):
     place: Place
     comm: bytes
     status: int  # as wait(2) reports it
+
+
+def tables_of(processes: Iterable[Process]) -> Iterator[tuple[int, tuple[Fd, ...]]]:
+    """All descriptor tables, each with who holds it: the process that owns it, or the thread that has it for itself."""
+    for process in processes:
+        if not process.shared.files:
+            yield process.place.pid, process.fds
+        for thread in process.threads:
+            if thread.fds is not None:
+                yield thread.tid, thread.fds
 
 
 class AskedStops(msgspec.Struct):
@@ -200,10 +213,8 @@ def _inner_group(host_group: int, processes: list[FrozenProcess]) -> int:
     return -1
 
 
-def restore_attributes(process: Process, script: Script, slot_base: int, late_ns: int) -> None:
+def restore_attributes(process: Process, script: Script, late_ns: int) -> None:
     """Add the calls for what the leader sets for the whole process."""
-    script.add(NR.fchdir, slot_base + process.cwd, name="fchdir")
-    script.add(NR.umask, process.umask)
     if process.child_subreaper:
         script.add(NR.prctl, PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0, name="PR_SET_CHILD_SUBREAPER")
     if process.thp_disable:
@@ -211,5 +222,6 @@ def restore_attributes(process: Process, script: Script, slot_base: int, late_ns
     for bit in range(32):
         if process.membarrier >> bit & 1:
             script.add(NR.membarrier, 1 << bit, 0, 0, name="membarrier registration")
-    signals.restore_actions(process.actions, script)
+    if not process.shared.actions:
+        signals.restore_actions(process.actions, script)
     timers.restore_posix_timers(list(process.posix_timers), script, late_ns)

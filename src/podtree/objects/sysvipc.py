@@ -23,6 +23,7 @@ from podtree.errors import Damaged, RestoreFailed
 from podtree.kernel import kcmp, procfs
 from podtree.kernel.fdops import proc_fd
 from podtree.kernel.kmem import KernelMemory
+from podtree.kernel.pidfd import pidfd_open_any
 from podtree.kernel.sys import NR, PAGE_SIZE, syscall
 from podtree.objects import contents as contents_module
 from podtree.objects import insight, memory
@@ -80,7 +81,7 @@ class SemaphoreSet(msgspec.Struct, frozen=True, kw_only=True):
 class Undo(msgspec.Struct, frozen=True):
     """What the end of a process adds to the semaphores of a set (SEM_UNDO), by number."""
 
-    pid: int  # inside the pod; threads share it
+    pid: int  # inside the pod; threads share it; the id of a thread that has it for itself
     id: int  # semid
     adjustments: tuple[int, ...]
 
@@ -265,29 +266,34 @@ def _with_pids(sets: tuple[SemaphoreSet, ...], init_host_pid: int) -> tuple[Sema
 
 
 def _collect_undo(sets: tuple[SemaphoreSet, ...], ctx: CollectContext) -> Iterator[Undo]:
-    """Of all processes. This one has no list, so whoever compares equal to it has none either."""
+    """Of all processes, and threads with a list for themselves."""
     for process in ctx.processes:
-        if process.zombie or kcmp.compare_tasks(os.getpid(), process.living, kcmp.KCMP_SYSVSEM) == 0:
+        if process.zombie or ctx.sharing.of(process.pid).undo:
             continue
-        memory = insight.memory()
-        if memory is None:
-            reason = "may have adjustments pending (SEM_UNDO), which no call tells"
-            ctx.refuse(process, "System V semaphores", reason, insight.why_not())
-            continue
-        for number, adjustments in _read_undo(memory, process, {state.id: len(state.values) for state in sets}):
-            if any(adjustments):
-                yield Undo(process.pid, number, adjustments)
-        for task in process.tasks[1:]:
-            if kcmp.compare_tasks(process.living, task.tid, kcmp.KCMP_SYSVSEM) != 0:
-                what = f"System V semaphores of thread {task.inner_tid}"
-                ctx.refuse(process, what, "its adjustments (SEM_UNDO) are not those of the other threads")
+        own = [task for task in process.tasks if "undo" in ctx.sharing.own.get(task.inner_tid, ())]
+        for task in [process.first, *own]:
+            if not kcmp.has_undo_list(task.tid):
+                continue
+            memory = insight.memory()
+            if memory is None:
+                reason = "may have adjustments pending (SEM_UNDO), which no call tells"
+                ctx.refuse(process, "System V semaphores", reason, insight.why_not())
+                continue
+            holder = process.pid if task is process.first else task.inner_tid
+            for number, adjustments in _read_undo(memory, task.tid, {state.id: len(state.values) for state in sets}):
+                if any(adjustments):
+                    yield Undo(holder, number, adjustments)
 
 
 def _read_undo(
-    memory: KernelMemory, process: FrozenProcess, sizes: dict[int, int]
+    memory: KernelMemory, tid: int, sizes: dict[int, int]
 ) -> Iterator[tuple[int, tuple[int, ...]]]:
-    """(semid, adjustments) of a process; `sizes`: how many semaphores each set has. ipc/sem.c, struct sem_undo."""
-    undo_list = memory.task(process.pidfd).pointer("sysvsem.undo_list")
+    """(semid, adjustments) of a thread; `sizes`: how many semaphores each set has. ipc/sem.c, struct sem_undo."""
+    pidfd = pidfd_open_any(tid)
+    try:
+        undo_list = memory.task(pidfd).pointer("sysvsem.undo_list")
+    finally:
+        os.close(pidfd)
     if not undo_list:
         return
     head = memory.view("sem_undo_list", undo_list)

@@ -17,9 +17,11 @@ from podtree.kernel.sys import NR, syscall
 from podtree.objects import credentials, scheduling, seccomp, signals
 from podtree.objects.context import FrozenTask
 from podtree.objects.credentials import Credentials
+from podtree.objects.descriptors import Fd
 from podtree.objects.scheduling import Scheduling
 from podtree.objects.seccomp import Seccomp
 from podtree.objects.signals import AltStack
+from podtree.objects.tables import Directories
 from podtree.script import stub
 from podtree.script.task import NO_SYSCALL, Results, Script
 
@@ -47,6 +49,15 @@ class Thread(msgspec.Struct, frozen=True, kw_only=True):
     credentials: Credentials
     seccomp: Seccomp
     scheduling: Scheduling
+    fds: tuple[Fd, ...] | None = None  # descriptors of its own; null: those of the process
+    directories: Directories | None = None  # likewise
+    own_undo: bool = False  # likewise: adjustments of semaphores (SEM_UNDO) that others don't have
+
+    @property
+    def own_tables(self) -> set[str]:
+        """Which tables it has for itself."""
+        own = {"files": self.fds is not None, "directories": self.directories is not None, "undo": self.own_undo}
+        return {name for name, has in own.items() if has}
 
 
 class EndedLeader(msgspec.Struct, frozen=True, kw_only=True):

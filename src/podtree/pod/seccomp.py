@@ -69,6 +69,7 @@ _ALLOWED = _ALLOWED_TEXT.split()
 _AF_VSOCK = 40
 _PERSONALITIES = (0x0, 0x0008, 0x20000, 0x20008, 0xFFFFFFFF)
 _NEW_NAMESPACES = 0x7E020000  # CLONE_NEW* of clone(2), but for the time namespace that it can't ask for
+_CLONE_NEWTIME = 0x80  # of unshare(2)
 _NEWEST_KNOWN = 467  # open_tree_attr, Linux 6.15: above it ENOSYS
 _AUDIT_ARCH_X86_64, _AUDIT_ARCH_I386 = 0xC000003E, 0x40000003
 _X32_BIT = 0x40000000
@@ -76,7 +77,7 @@ _RET_ERRNO = 0x00050000
 _SECCOMP_SET_MODE_FILTER = 1
 #: A Landlock domain can't be read from outside, so a branch would run without it: there is none to begin with.
 _NOT_SAVED = ("landlock_add_rule", "landlock_create_ruleset", "landlock_restrict_self")
-_REVISION = 3  # of the rules below that _ALLOWED doesn't show
+_REVISION = 4  # of the rules below that _ALLOWED doesn't show
 _IOCTL = {_AUDIT_ARCH_X86_64: 16, _AUDIT_ARCH_I386: 54}  # number by architecture
 _UFFD_IOCTLS = 0xAA00  # UFFDIO: bits 8 to 15 of all ioctls of a userfaultfd, and of nothing else
 
@@ -123,6 +124,8 @@ def _compile() -> bytes:
     for persona in _PERSONALITIES:
         rules.add_rule(lib.ALLOW, "personality", lib.Arg(0, lib.EQ, persona))
     rules.add_rule(lib.ALLOW, "clone", lib.Arg(0, lib.MASKED_EQ, _NEW_NAMESPACES, 0))
+    # A thread may have descriptors or directories for itself.
+    rules.add_rule(lib.ALLOW, "unshare", lib.Arg(0, lib.MASKED_EQ, _NEW_NAMESPACES | _CLONE_NEWTIME, 0))
     # Its flags lie in memory, where a filter can't look: ENOSYS makes libraries use clone.
     rules.add_rule(lib.ERRNO(errno.ENOSYS), "clone3")
     for name in _NOT_SAVED:

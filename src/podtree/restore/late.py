@@ -94,12 +94,12 @@ class LateFiles:
         body.do(NR.dup2, fd, self.slot_base + number)
         body.do(NR.close, fd)
 
-    def hand_out(self, needed: Callable[[int], Collection[int]]) -> None:
-        """Give every process those that it needs: `needed(pid)` are the ids of OpenFiles."""
+    def hand_out(self, needed: Iterable[tuple[Body, Collection[int]]]) -> None:
+        """Give every descriptor table those that it needs, by a task that has it: the ids of OpenFiles."""
         late = {file.id for file in self.files}
-        for pid, body in self.tree.bodies.items():
-            wanted = late & set(needed(pid)) if late else set()
-            if pid == 1 or not wanted:
+        for body, ids in needed:
+            wanted = late.intersection(ids)
+            if body is self.tree.bodies[1] or not wanted:
                 continue
             first = body.do(NR.pidfd_open, 1, 0)
             for number in sorted(wanted):

@@ -35,8 +35,11 @@ def filled_at_once(image_fd: int, manifest: Manifest) -> Wanted:
     maps = {name: load_map(image_fd, f"mem/{name}") for name in verify.page_files(manifest)}
     wanted: Wanted = {name: [] for name in maps}
     for process in manifest.processes:
+        if process.shared.memory:
+            continue
         runs = maps[process.memory.pages]
-        wanted[process.memory.pages] += pager.split(process.memory.vmas, runs)[0] if lazily else runs
+        later = lazily and not process.shared.files
+        wanted[process.memory.pages] += pager.split(process.memory.vmas, runs)[0] if later else runs
     return {name: merge_runs(runs) for name, runs in wanted.items()}
 
 

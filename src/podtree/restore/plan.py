@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from podtree.errors import RestoreFailed
+from podtree.image.manifest import Manifest
 from podtree.objects.processes import Place
+from podtree.objects.tables import clone_flags
 
 INIT = 1
 FIRST_HELPER_PID = 30_000
@@ -22,11 +24,12 @@ FIRST_HELPER_PID = 30_000
 
 @dataclass(frozen=True, slots=True)
 class Spawn:
-    """`parent` creates `pid`. Parent 0: started from outside of the pod."""
+    """`parent` creates `pid`, with `flags` of clone(2). Parent 0: started from outside of the pod."""
 
     parent: int
     pid: int
     exit_signal: int
+    flags: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +63,7 @@ Step = Spawn | NewSession | JoinGroup | EndHelper
 class _Planner:
     places: dict[int, Place]
     used: set[int]
+    flags: Mapping[int, int] = field(default_factory=dict)  # by pid: how it is made, if not just so
     steps: list[Step] = field(default_factory=list)
     session: dict[int, int] = field(default_factory=dict)  # pid -> session at this point of the plan
     group: dict[int, int] = field(default_factory=dict)
@@ -68,7 +72,10 @@ class _Planner:
     _births: dict[int, int | None] = field(default_factory=dict)
 
     def spawn(self, parent: int, pid: int, exit_signal: int) -> None:
-        self.steps.append(Spawn(parent, pid, exit_signal))
+        flags = self.flags.get(pid, 0)
+        if flags and parent != self.places[pid].ppid:
+            raise RestoreFailed(f"no way found to have process {pid} share with its parent {self.places[pid].ppid}")
+        self.steps.append(Spawn(parent, pid, exit_signal, flags))
         self.session[pid] = self.session.get(parent, 0)
         self.group[pid] = self.group.get(parent, 0)
 
@@ -227,16 +234,23 @@ def _room_to_recurse(depth: int) -> Iterator[None]:
         sys.setrecursionlimit(before)
 
 
-def plan_tree(places: Iterable[Place]) -> list[Step]:
-    """Steps that grow the whole tree. Raises RestoreFailed for a tree that can't exist.
+def plan_image(manifest: Manifest) -> list[Step]:
+    """Steps that grow the tree of an image, zombies included. Raises as `plan_tree`."""
+    places = [p.place for p in manifest.processes] + [z.place for z in manifest.zombies]
+    return plan_tree(places, {p.place.pid: clone_flags(p.shared) for p in manifest.processes})
 
+
+def plan_tree(places: Iterable[Place], flags: Mapping[int, int] | None = None) -> list[Step]:
+    """Steps that grow the whole tree. `flags`: of clone(2), by which its parent makes a process, if there are any.
+
+    Raises RestoreFailed for a tree that can't exist.
     Places come from an image, which may be hostile: cycles and missing parents are found here.
     """
     by_pid = {p.pid: p for p in sorted(places, key=lambda p: p.pid)}
     if 1 not in by_pid:
         raise RestoreFailed("the image has no process 1")
     used = set(by_pid) | {p.sid for p in by_pid.values()} | {p.pgid for p in by_pid.values()}
-    planner = _Planner(by_pid, used)
+    planner = _Planner(by_pid, used, flags or {})
     for place in by_pid.values():
         if place.ppid and place.ppid not in by_pid:
             raise RestoreFailed(f"process {place.pid} has a parent {place.ppid} that is not in the image")
@@ -255,8 +269,8 @@ def describe(steps: Iterable[Step]) -> Iterator[str]:
     """One line per step, for people."""
     for step in steps:
         match step:
-            case Spawn(parent, pid, _):
-                yield f"{parent or 'outside'} creates {pid}"
+            case Spawn(parent, pid, _, flags):
+                yield f"{parent or 'outside'} creates {pid}" + (f", sharing tables ({flags:#x})" if flags else "")
             case NewSession(pid):
                 yield f"{pid} becomes a session leader"
             case JoinGroup(pid, group):

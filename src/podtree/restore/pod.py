@@ -27,6 +27,7 @@ from podtree.objects import inotify, sysvipc, tmpfs
 from podtree.objects.context import RestoreContext
 from podtree.objects.descriptors import Deferred, arm_timers, numbers_needed, restore_files
 from podtree.objects.memory import free_gap
+from podtree.objects.processes import tables_of
 from podtree.objects.slots import raise_descriptor_limit, slot_base
 from podtree.pod.cgroup import Cgroup
 from podtree.pod.dirs import PodDirs
@@ -75,7 +76,7 @@ class _Layout:
         vmas = [v for p in manifest.processes for v in p.memory.vmas]
         self.stem = free_gap(vmas, arena.SIZE * 2)
         self.arena = self.stem + arena.SIZE
-        highest = max((f.fd for p in manifest.processes for f in p.fds), default=0)
+        highest = max((fd.fd for _, fds in tables_of(manifest.processes) for fd in fds), default=0)
         self.slot_base = slot_base(highest)
         self.page_names = verify.page_files(manifest)
         self.numbers = numbers_needed(self.slot_base, manifest.files) + len(self.page_names) + 1
@@ -138,9 +139,11 @@ class Restore:
         manifest = manifest_file.load(self._image_fd)
         check_machine(manifest)
         self._manifest = manifest = confine(manifest, self.bounds)
+        if self._waits and any(p.shared.memory for p in manifest.processes):
+            raise RestoreFailed("processes that share memory can't be given their clocks later")  # setns(2)
         check = None if verified else PageCheck(self._image_fd, manifest)
         try:
-            steps = plan.plan_tree([p.place for p in manifest.processes] + [z.place for z in manifest.zombies])
+            steps = plan.plan_image(manifest)
             self._layout = layout = _Layout(manifest, self.bounds)
             self._stem_fd = _stem_file(layout.stem)
 
@@ -275,7 +278,10 @@ class Restore:
             lazily=userfaultfd.is_available(),
             ipc=manifest.ipc,
         )
-        self._restorers = [ProcessRestorer(p, tree.bodies[p.place.pid], self._shared) for p in manifest.processes]
+        by_pid = {p.place.pid: p for p in manifest.processes}
+        self._restorers = [
+            ProcessRestorer(p, tree.bodies[p.place.pid], self._shared, by_pid) for p in manifest.processes
+        ]
         for restorer in self._restorers:
             restorer.map_memory()
         self._filling = pager.start(self._lazies(), self.dirs.run, launched.init_pidfd)
@@ -300,7 +306,7 @@ class Restore:
         shared.clock_offset_ns = self._clock.monotonic_ns
         for restorer in restorers:
             restorer.clone_threads()
-        _make_late_files(manifest, tree, self._layout, shared)
+        _make_late_files(manifest, tree, self._layout, shared, restorers)
         tree.make_zombies(list(manifest.zombies))
         if manifest.last_pid:
             tree.set_last_pid(manifest.last_pid, self._made.proc_slot)
@@ -309,6 +315,8 @@ class Restore:
         for restorer in restorers:
             restorer.set_attributes()
         for restorer in restorers:
+            restorer.place_descriptors()
+        for restorer in restorers:
             restorer.change_semaphores_last()
             restorer.set_threads()
             restorer.apply_outside_state()
@@ -316,7 +324,7 @@ class Restore:
         for restorer in restorers:
             restorer.end_leader()
         for restorer in restorers:
-            restorer.set_death_signals()
+            restorer.set_what_credentials_take_away()
         sysvipc.settle(manifest.ipc, procfs.living_thread(self._launched.init_pid))
         for restorer in _children_first(restorers):
             children = [r.process for r in restorers if r.process.place.ppid == restorer.pid]
@@ -427,24 +435,34 @@ def _asleep(manifest: Manifest, launched: Launched, layout: _Layout) -> Iterator
         resource.setrlimit(resource.RLIMIT_NOFILE, limit)
 
 
-def _make_late_files(manifest: Manifest, tree: Tree, layout: _Layout, shared: Shared) -> None:
+def _make_late_files(
+    manifest: Manifest, tree: Tree, layout: _Layout, shared: Shared, restorers: list[ProcessRestorer]
+) -> None:
     """What is of tasks, and what is watched by epoll of that."""
     files = LateFiles(manifest.files, tree, layout.slot_base, layout.bounds.capabilities)
     tasks = {t.tid for p in manifest.processes for t in p.threads}
     tasks |= {p.place.pid for p in manifest.processes} | {z.place.pid for z in manifest.zombies}
     files.make(tasks.__contains__)
-    needed = {p.place.pid: {fd.file for fd in p.fds} | {p.cwd, p.root} for p in manifest.processes}
+    needed = {holder: {fd.file for fd in fds} for holder, fds in tables_of(manifest.processes)}
+    for process in manifest.processes:
+        needed[process.shared.files or process.place.pid] |= {process.cwd, process.root}
+        for thread in process.threads:
+            if thread.directories:
+                holder = process.shared.files or process.place.pid if thread.fds is None else thread.tid
+                needed[holder] |= {thread.directories.cwd, thread.directories.root}
     for own in shared.deferred.watches:
         needed[shared.watch_owner(own)].add(own.watch.file)
-    files.hand_out(lambda pid: needed.get(pid, ()))
+    bodies = {restorer.pid: restorer.body for restorer in restorers}
+    bodies |= {t.tid: body for r in restorers for t, body in zip(r.process.threads, r.bodies, strict=True)}
+    files.hand_out([(bodies[holder], files_) for holder, files_ in needed.items()])
 
 
 def _first_holders(manifest: Manifest) -> dict[tuple[int, int], int]:
-    """(descriptor, OpenFile.id) -> the lowest pid that has it so."""
+    """(descriptor, OpenFile.id) -> the first holder (see `tables_of`) that has it so."""
     found: dict[tuple[int, int], int] = {}
-    for process in sorted(manifest.processes, key=lambda p: p.place.pid):
-        for fd in process.fds:
-            found.setdefault((fd.fd, fd.file), process.place.pid)
+    for holder, fds in sorted(tables_of(manifest.processes), key=lambda table: table[0]):
+        for fd in fds:
+            found.setdefault((fd.fd, fd.file), holder)
     return found
 
 

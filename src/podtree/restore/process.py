@@ -8,6 +8,7 @@ import os
 import signal
 import struct
 import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from podtree.errors import RestoreFailed
@@ -17,12 +18,14 @@ from podtree.kernel import fdops, mm, mqueue, procfs, ptrace, userfaultfd
 from podtree.kernel.pageruns import Run
 from podtree.kernel.pidfd import pidfd_getfd, pidfd_open
 from podtree.kernel.sys import NR, PAGE_SIZE
-from podtree.objects import aio, memory, processes, scheduling, signals, sysvipc, threads, timers
-from podtree.objects.descriptors import Deferred
+from podtree.objects import aio, memory, processes, scheduling, signals, sysvipc, tables, threads, timers
+from podtree.objects.descriptors import Deferred, Fd
 from podtree.objects.epoll import OwnWatch
 from podtree.objects.memory import Vma, VmaKind
 from podtree.objects.processes import Process
 from podtree.objects.sysvipc import IpcState
+from podtree.objects.tables import Directories
+from podtree.objects.threads import Thread
 from podtree.restore import pager
 from podtree.restore.arena import SIZE, Body
 from podtree.restore.pager import Lazy, Piece
@@ -61,11 +64,26 @@ class Shared:
         return self.holders.get((own.watch.fd, own.watch.file), self.epoll_holders.get(own.epoll, 1))
 
 
-class ProcessRestorer:
-    """Brings one process back, step by step; `finish` is the last before it runs."""
+@dataclass(frozen=True, slots=True)
+class Table:
+    """One descriptor table. `id`: the process that owns it, or the thread that has it for itself; `body`: who acts."""
 
-    def __init__(self, process: Process, body: Body, shared: Shared) -> None:
+    id: int
+    fds: tuple[Fd, ...]
+    body: Body
+
+
+class ProcessRestorer:
+    """Brings one process back, step by step; `finish` is the last before it runs.
+
+    `owners`: all processes by pid. What the process shares with another is made by that one, its owner.
+    """
+
+    def __init__(self, process: Process, body: Body, shared: Shared, owners: Mapping[int, Process]) -> None:
         self.process = process
+        self.tables = process.shared
+        self.memory = owners[self.tables.memory].memory if self.tables.memory else process.memory
+        self.fds = owners[self.tables.files].fds if self.tables.files else process.fds
         self.body = body
         self.shared = shared
         self.pid = process.place.pid
@@ -76,10 +94,12 @@ class ProcessRestorer:
 
     def map_memory(self) -> None:
         """Make all mappings and fill in the pages that were saved, but for those that come later (`later`)."""
+        if self.tables.memory:
+            return
         runs = load_map(self.shared.image_dir_fd, f"mem/{self.process.memory.pages}")
         filled = _filled_vmas(self.process.memory.vmas, runs)
         pieces: list[Piece] = []
-        if self.shared.lazily:
+        if self.shared.lazily and not self.tables.files:  # the pager's number would be taken twice in one table
             runs, pieces, waiting = pager.split(self.process.memory.vmas, runs)
         for ring in self.process.memory.rings:  # first: the kernel chooses where they are made
             arena = (self.body.arena, self.body.arena + SIZE)
@@ -144,11 +164,12 @@ class ProcessRestorer:
             script = self._flush(script)
         self.body.run(script)
 
-    def _flush(self, script: Script) -> Script:
+    def _flush(self, script: Script, body: Body | None = None) -> Script:
         if not script.full:
             return script
-        self.body.run(script)
-        return self.body.script()
+        body = body or self.body
+        body.run(script)
+        return body.script()
 
     def _fill(self, runs: list[Run]) -> None:
         """Read the saved pages into place; every byte that was saved must come."""
@@ -174,51 +195,73 @@ class ProcessRestorer:
     # --- what the process shares among its threads
 
     def set_attributes(self) -> None:
-        """Layout, directories, signal actions, timers, descriptors. Needs the memory in place."""
+        """Layout, directories, signal actions, timers; all that needs the slots. Needs the memory in place."""
         script = self.body.script()
         base = self.shared.slot_base
-        memory.restore_layout(self.process.memory.layout, script, base + self.process.exe)
-        if self.process.root >= 0:
-            script.add(NR.fchdir, base + self.process.root, name="fchdir to the root")
-            script.add(NR.chroot, script.put(b".\0"), name="chroot")
-        processes.restore_attributes(self.process, script, base, self.shared.late_ns(self.process.read_ns))
+        if not self.tables.memory:
+            memory.restore_layout(self.process.memory.layout, script, base + self.process.exe)
+        if not self.tables.directories:
+            own = Directories(cwd=self.process.cwd, root=self.process.root, umask=self.process.umask)
+            tables.restore_directories(own, script, base)
+        processes.restore_attributes(self.process, script, self.shared.late_ns(self.process.read_ns))
         sysvipc.undo_again(self.shared.ipc, self.pid, script)
         self.body.run(script)
-        self._register_watches()
-        self._place_descriptors()
+        self._register_watches(self.pid, self.body)
+        for thread, body in self._loners():
+            script = body.script()
+            if thread.directories:
+                tables.restore_directories(thread.directories, script, base)
+            sysvipc.undo_again(self.shared.ipc, thread.tid, script)
+            body.run(script)
+            self._register_watches(thread.tid, body)
 
-    def _register_watches(self) -> None:
+    def _loners(self) -> Iterator[tuple[Thread, Body]]:
+        """The threads that have tables for themselves."""
+        for thread, body in zip(self.process.threads, self.bodies, strict=True):
+            if thread.own_tables:
+                yield thread, body
+
+    def _register_watches(self, holder: int, body: Body) -> None:
         """epoll registrations that wake the process that makes them: this one, if it is their owner."""
-        script = self.body.script()
+        script = body.script()
         base = self.shared.slot_base
         for own in self.shared.deferred.watches:
-            if self.shared.watch_owner(own) != self.pid:
+            if self.shared.watch_owner(own) != holder:
                 continue
             watch, what = own.watch, f"epoll registration of descriptor {own.watch.fd}"
             event = script.put(struct.pack("<IQ", watch.events & 0xFFFFFFFF, watch.data & (1 << 64) - 1))
             script.add(NR.dup3, base + watch.file, watch.fd, os.O_CLOEXEC, name=what)
             script.add(NR.epoll_ctl, base + own.epoll, EPOLL_CTL_ADD, watch.fd, event, name=what)
             script.add(NR.close, watch.fd)
-            script = self._flush(script)
-        self.body.run(script)
+            script = self._flush(script, body)
+        body.run(script)
 
-    def _place_descriptors(self) -> None:
+    def place_descriptors(self) -> None:
+        """When nobody needs the slots any more: the numbers of each table of its own, and what goes with them."""
+        if not self.tables.files:
+            self._place(Table(self.pid, self.process.fds, self.body))
+        for thread, body in self._loners():
+            if thread.fds is not None:
+                self._place(Table(thread.tid, thread.fds, body))
+
+    def _place(self, table: Table) -> None:
         """Own numbers for all, then owners of I/O signals, and locks last: closing a slot would drop them."""
-        script = self.body.script()
+        script = table.body.script()
         base = self.shared.slot_base
-        for fd in self.process.fds:
+        for fd in table.fds:
             flags = os.O_CLOEXEC if fd.cloexec else 0
             script.add(NR.dup3, base + fd.file, fd.fd, flags, name=f"descriptor {fd.fd}")
-            script = self._flush(script)
-        script.add(NR.close_range, base, 0xFFFFFFFF, 0, name="close_range")
-        self._set_owners(script)
-        self._ask_for_notifications(script)
-        self._take_locks(script)
-        self.body.run(script)
+            script = self._flush(script, table.body)
+        first = base if table.id == self.pid else base - 1  # the pager's number is open in the process, not in copies
+        script.add(NR.close_range, first, 0xFFFFFFFF, 0, name="close_range")
+        self._set_owners(table, script)
+        self._ask_for_notifications(table, script)
+        self._take_locks(table, script)
+        table.body.run(script)
 
-    def _set_owners(self, script: Script) -> None:
+    def _set_owners(self, table: Table, script: Script) -> None:
         for file, owner in self.shared.deferred.owners:
-            if owner.pid != self.pid:
+            if owner.pid != table.id:
                 continue
             what = f"I/O signals of descriptor {owner.fd}"
             script.add(NR.fcntl, owner.fd, fdops.F_SETSIG, owner.signal, name=what)
@@ -229,10 +272,10 @@ class ProcessRestorer:
                 flags = self.shared.flags[file]
                 script.add(NR.fcntl, owner.fd, fcntl.F_SETFL, flags | os.O_ASYNC, name=what)
 
-    def _ask_for_notifications(self, script: Script) -> None:
-        numbers = {fd.file: fd.fd for fd in self.process.fds}
+    def _ask_for_notifications(self, table: Table, script: Script) -> None:
+        numbers = {fd.file: fd.fd for fd in table.fds}
         for file, one in self.shared.deferred.notifications:
-            if one.pid != self.pid or file not in numbers:
+            if one.pid != table.id or file not in numbers:
                 continue
             signal, value = one.signal, one.value[:8].ljust(8, b"\0")
             if one.method == mqueue.SIGEV_THREAD:
@@ -242,10 +285,10 @@ class ProcessRestorer:
             event = script.put(mqueue.notification(value, signal, one.method))
             script.add(NR.mq_notify, numbers[file], event, name=f"mq_notify of descriptor {numbers[file]}")
 
-    def _take_locks(self, script: Script) -> None:
-        number = {fd.file: fd.fd for fd in self.process.fds}
+    def _take_locks(self, table: Table, script: Script) -> None:
+        number = {fd.file: fd.fd for fd in table.fds}
         for lock in self.shared.deferred.locks:
-            if lock.pid == self.pid and lock.file in number:
+            if lock.pid == table.id and lock.file in number:
                 length = 0 if lock.end is None else lock.end - lock.start + 1
                 kind = fcntl.F_WRLCK if lock.write else fcntl.F_RDLCK
                 flock = script.put(struct.pack("<hhxxxxqqi4x", kind, os.SEEK_SET, lock.start, length, 0))
@@ -259,7 +302,7 @@ class ProcessRestorer:
         A leader that is to have ended makes them all, and is the one that acts for the process until `end_leader`.
         """
         for thread in self.process.threads[len(self.bodies) :]:
-            child = self.body.clone(THREAD_FLAGS, 0, thread.tid)
+            child = self.body.clone(THREAD_FLAGS & ~tables.thread_flags(thread.own_tables), 0, thread.tid)
             self.bodies.append(Body(child, self.body.arena, self.body.family))
 
     def set_threads(self) -> None:
@@ -277,9 +320,10 @@ class ProcessRestorer:
 
     def change_semaphores_last(self) -> None:
         """When all have made their adjustments."""
-        script = self.body.script()
-        sysvipc.changed_last(self.shared.ipc, self.pid, script)
-        self.body.run(script)
+        for who, body in [(self.pid, self.body), *((thread.tid, body) for thread, body in self._loners())]:
+            script = body.script()
+            sysvipc.changed_last(self.shared.ipc, who, script)
+            body.run(script)
 
     def apply_outside_state(self) -> None:
         """Limits and scheduling, which are set from outside, while the leader is still root: prlimit(2) of a
@@ -296,12 +340,10 @@ class ProcessRestorer:
         ended = self.process.ended_leader
         if not ended:
             self._set_thread(self.process.threads[0], self.body)
-        script = self.body.script()
-        if ended:
+        else:
+            script = self.body.script()
             threads.restore_ended(ended, script, self.shared.last_cap)
-        if self.process.dumpable in (0, 1):
-            script.add(NR.prctl, processes.PR_SET_DUMPABLE, self.process.dumpable, 0, 0, 0, name="PR_SET_DUMPABLE")
-        self.body.run(script)
+            self.body.run(script)
 
     def end_leader(self) -> None:
         """Have the leader end, if it had: from here on another thread acts for the process.
@@ -319,8 +361,10 @@ class ProcessRestorer:
         end_thread(self.body, ended.status)
         self.body = self.bodies[0]
 
-    def set_death_signals(self) -> None:
-        """The signal that each thread gets when its parent ends, which changes of credentials take away."""
+    def set_what_credentials_take_away(self) -> None:
+        """Each change of ids takes away the signal that a thread gets at its parent's end, and the dumpable flag."""
+        if self.process.dumpable in (0, 1) and not self.tables.memory:
+            self.body.do(NR.prctl, processes.PR_SET_DUMPABLE, self.process.dumpable, 0, 0, 0)
         for thread, body in zip(self.process.threads, self.bodies, strict=True):
             if thread.parent_death_signal:
                 body.do(NR.prctl, threads.PR_SET_PDEATHSIG, thread.parent_death_signal, 0, 0, 0)
@@ -353,11 +397,12 @@ class ProcessRestorer:
 
     def finish(self) -> None:
         """Unmap the arena and set the registers; the process is what it was, and stopped."""
-        vdso = next(v for v in self.process.memory.vmas if v.kind is VmaKind.VDSO)
+        vdso = next(v for v in self.memory.vmas if v.kind is VmaKind.VDSO)
         for body in self.bodies:
             body.remote.park()
         planted = self._plant_timed_calls()
-        _unmap_arena(self.body, _find_syscall(self.body.tid, vdso))
+        if not self.tables.memory:  # else its owner does, which comes later, being further up the tree
+            _unmap_arena(self.body, _find_syscall(self.body.tid, vdso))
         if self.process.stopped_by:
             self._stop()
         for thread, body in zip(self.process.threads, self.bodies, strict=True):

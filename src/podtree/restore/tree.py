@@ -41,8 +41,8 @@ class Tree:
             match step:
                 case Spawn(0, pid, _):
                     self.bodies[pid] = self._root_body(pid)
-                case Spawn(parent, pid, exit_signal):
-                    child = self.bodies[parent].clone(0, exit_signal, pid)
+                case Spawn(parent, pid, exit_signal, flags):
+                    child = self.bodies[parent].clone(flags, exit_signal, pid)
                     self.bodies[pid] = Body(child, self.arena, self.bodies[parent].family)
                 case NewSession(pid):
                     self.bodies[pid].do(NR.setsid)

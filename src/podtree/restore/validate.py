@@ -25,10 +25,11 @@ from podtree.objects.credentials import Credentials
 from podtree.objects.descriptors import OpenFile
 from podtree.objects.held import OWN_TMPFS
 from podtree.objects.memory import ADVICE, MCL_FUTURE, MCL_ONFAULT, VmaKind
-from podtree.objects.processes import Place, Process
+from podtree.objects.processes import Place, Process, tables_of
 from podtree.objects.scheduling import RLIM_NLIMITS, Limits, Scheduling
 from podtree.objects.seccomp import MODE_FILTER, Filter, Seccomp
 from podtree.objects.signals import ACTION_SIZE, NSIG
+from podtree.objects.tables import KINDS
 from podtree.objects.threads import Thread
 from podtree.pod.live import INIT
 
@@ -61,6 +62,7 @@ def confine(manifest: Manifest, bounds: Bounds) -> Manifest:
     with _naming():
         _check_files(manifest)
         _check_pod(manifest)
+        _check_sharing(manifest)
         for process in manifest.processes:
             _check_process(process, {file.id for file in manifest.files}, bounds)
     processes = tuple(_filtered(process, bounds.filter) for process in manifest.processes)
@@ -104,6 +106,35 @@ def _check_pod(manifest: Manifest) -> None:
     _expect(all(_STDIO_NAME.fullmatch(name) for name in names[1:]), f"standard input and output of {names}")
 
 
+def _check_sharing(manifest: Manifest) -> None:
+    """A process shares with its parent, which has what is shared from the same owner, or owns it."""
+    by_pid = {process.place.pid: process for process in manifest.processes}
+    for process in manifest.processes:
+        pid, parent = process.place.pid, by_pid.get(process.place.ppid)
+        for kind in KINDS:
+            owner = getattr(process.shared, kind)
+            if owner:
+                above = parent and (getattr(parent.shared, kind) or parent.place.pid)
+                _expect(owner == above, f"process {pid} shares its {kind} with {owner}, which isn't its parent")
+        if process.shared.actions:
+            _expect(process.shared.memory, f"process {pid} shares signal actions, but not the memory of the handlers")
+            _expect(not process.actions.by_signal, f"process {pid} has signal actions, and shares them")
+        _expect(not (process.shared.files and process.fds), f"process {pid} has descriptors, and shares them")
+        if process.shared.memory:
+            space = process.memory
+            _expect(not (space.vmas or space.rings or space.guards), f"process {pid} has memory, and shares it")
+            pages = by_pid[process.shared.memory].memory.pages
+            _expect(space.pages == pages, f"process {pid} shares its memory, and has other pages")
+    _check_tables(manifest)
+
+
+def _check_tables(manifest: Manifest) -> None:
+    for holder, fds in tables_of(manifest.processes):
+        numbers = [fd.fd for fd in fds]
+        _expect(len(set(numbers)) == len(numbers), f"process {holder} has one descriptor twice")
+        _expect(all(0 <= number < MAX_FD for number in numbers), f"process {holder} has impossible descriptors")
+
+
 def _check_place(place: Place) -> None:
     ids = (place.ppid, place.pgid, place.sid)
     _expect(0 < place.pid < MAX_PID and all(0 <= number < MAX_PID for number in ids), f"process {place}")
@@ -135,13 +166,11 @@ def _check_process(process: Process, files: set[int], bounds: Bounds) -> None:
     _expect(process.threads, f"process {pid} has no threads")
     led = process.threads[0].tid == pid
     _expect(led != bool(process.ended_leader), f"process {pid} has no thread of its number, or two")
-    numbers = [fd.fd for fd in process.fds]
-    _expect(len(set(numbers)) == len(numbers), f"process {pid} has one descriptor twice")
-    _expect(all(0 <= number < MAX_FD for number in numbers), f"process {pid} has impossible descriptors")
     missing = [number for number in _references(process) if number not in files]
     _expect(not missing, f"process {pid} refers to open files {missing[:3]}, which aren't in the image")
     _expect(0 <= process.umask <= 0o7777 and 0 <= process.stopped_by <= NSIG, f"process {pid}")
-    _check_memory(process)
+    if not process.shared.memory:
+        _check_memory(process)
     _check_signals(process)
     _check_limits(pid, process.limits)
     for thread in process.threads:
@@ -156,9 +185,10 @@ def _check_process(process: Process, files: set[int], bounds: Bounds) -> None:
 def _references(process: Process) -> Iterator[int]:
     """Every OpenFile.id that a process names. What else lies in the slots behind them is for nobody."""
     yield from (fd.file for fd in process.fds)
-    yield from (process.cwd, process.exe)
-    if process.root != -1:
-        yield process.root
+    yield process.exe
+    own = [(place.cwd, place.root) for place in (thread.directories for thread in process.threads) if place]
+    yield from (number for pair in ((process.cwd, process.root), *own) for number in pair if number != -1)
+    yield from (fd.file for thread in process.threads for fd in thread.fds or ())
     yield from (vma.file for vma in process.memory.vmas if vma.kind is VmaKind.FILE)
 
 
@@ -202,6 +232,7 @@ def _check_thread(pid: int, thread: Thread, bounds: Bounds) -> None:
     _expect(len(thread.regs) == ctypes.sizeof(Regs), f"{who} has {len(thread.regs)} bytes of registers")
     _expect(len(thread.xstate) in XSTATE_SIZES, f"{who} has {len(thread.xstate)} bytes of FPU state")
     _expect(0 <= thread.parent_death_signal <= NSIG, f"{who}")
+    _expect(not thread.directories or 0 <= thread.directories.umask <= 0o7777, f"{who}")
     _check_credentials(who, thread.credentials, bounds)
     _check_seccomp(who, thread.seccomp)
     _check_scheduling(who, thread.scheduling)

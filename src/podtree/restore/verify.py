@@ -22,7 +22,7 @@ def verify_image(directory: Path, bounds: Bounds) -> None:
         manifest = manifest_file.load(fd)
         check_machine(manifest)
         manifest = confine(manifest, bounds)
-        plan.plan_tree([p.place for p in manifest.processes] + [z.place for z in manifest.zombies])
+        plan.plan_image(manifest)
         pagecheck.compare(fd, pagecheck.filled_at_once(fd, manifest))
         verify.verify_shared(fd, manifest)
     except Exception as error:
