@@ -23,7 +23,7 @@ PYTHON = (
     *("processes", "descriptors", "watching", "pidfds", "views", "mqueues", "aio"),
     *("sockets", "signals", "credentials", "sysvipc"),
 )
-COMPILED = ("threads", "leaders", "sharing", "mappings")
+COMPILED = ("threads", "leaders", "sharing", "attributes", "mappings")
 ACTIVE = {  # they go on changing while they are looked at
     "vfork_like_execs", "pipeline", "same_instant", "tcp_churn", "unix_churn", "tcp_stream", "interval_timers",
     "signals_under_way", "writing_all_the_time", "under_way", "busy", "robust_list", "process_shared",

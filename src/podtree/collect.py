@@ -18,12 +18,14 @@ from podtree.freeze import Frozen
 from podtree.kernel import mm, procfs, ptrace
 from podtree.kernel.mountinfo import mounts_of
 from podtree.kernel.pidfd import pidfd_getfd
+from podtree.kernel.prctl import core_cookie
 from podtree.kernel.procfs import MapEntry
 from podtree.kernel.sys import NR
 from podtree.mapcache import MapCache
 from podtree.objects import (
     aio,
     credentials,
+    ldt,
     memory,
     processes,
     scheduling,
@@ -68,6 +70,7 @@ class ProcessView:
     read_ns: int = 0  # our CLOCK_MONOTONIC when the script ran
     last_pid: int = 0  # of the pid namespace, asked of the pod's first process
     lock_future: int = 0  # of mlockall(2)
+    ldt: bytes = b""  # its local descriptor table
     rearranged: bool = False  # its mappings are no longer all as `entries` says
 
     @property
@@ -116,6 +119,9 @@ def _can_run_scripts(view: ProcessView, ctx: CollectContext) -> bool:
         if task.regs.cs != USER_CS:
             ctx.refuse(process, f"thread {task.inner_tid}", "runs 32-bit code")
             return False
+        if ptrace.syscall_dispatch_is_on(task.tid):  # a script's calls would be dispatched to the program
+            ctx.refuse(process, f"thread {task.inner_tid}", "uses syscall user dispatch")
+            return False
     return True
 
 
@@ -141,6 +147,8 @@ def _interview(view: ProcessView, stopped_children: list[int], *, track: bool) -
                 number = view.results.values[uffd]
                 view.uffd = _take_uffd(process.pidfd, number)
                 remote.do(NR.close, number)
+            if not view.borrowed and view.results.ok(view.asked.ldt) and view.results.values[view.asked.ldt]:
+                view.ldt = ldt.collect(remote, area.address)
             if not view.borrowed:
                 view.lock_future = memory.future_locks(process.living, view.entries, area.address)
             view.unreported_stops = processes.read_stops(asked_stops, view.results)
@@ -282,6 +290,9 @@ def _collect_process(
         dumpable=results.values[asked.dumpable],
         child_subreaper=bool(results.i32(asked.subreaper)),
         thp_disable=bool(results.values[asked.thp]),
+        mdwe=results.values[asked.mdwe] if results.ok(asked.mdwe) else 0,
+        merge_memory=results.ok(asked.merge) and bool(results.values[asked.merge]),
+        ldt=view.ldt,
         membarrier=results.values[asked.membarrier] if results.ok(asked.membarrier) else 0,
         stopped_by=process.first.group_stop,
         stop_reported=process.pid not in unreported,
@@ -390,13 +401,9 @@ def _refuse_task_state(view: ProcessView, ctx: CollectContext, results: Results)
     """What a task can have and this engine does not save."""
     process, asked = view.process, view.asked
     assert asked is not None
-    if results.ok(asked.mdwe) and results.values[asked.mdwe]:
-        ctx.refuse(process, "PR_SET_MDWE", "memory-deny-write-execute is on")
-    if results.ok(asked.ldt) and results.values[asked.ldt]:
-        ctx.refuse(process, "local descriptor table", "has segments of its own (modify_ldt)")
     for task in process.tasks:
-        if ptrace.syscall_dispatch_is_on(task.tid):
-            ctx.refuse(process, f"thread {task.inner_tid}", "uses syscall user dispatch")
+        if core_cookie(task.tid):
+            ctx.refuse(process, f"thread {task.inner_tid}", "has a core scheduling cookie (PR_SCHED_CORE)")
     for thread in view.threads:
         if seccomp.needs_listener(thread.seccomp):
             ctx.refuse(process, f"thread {thread.tid}", "has a seccomp filter that notifies another process")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import enum
+import errno
 
 from podtree.kernel.sys import NR, syscall
 
@@ -26,6 +28,24 @@ def prctl(option: Prctl, *args: int) -> int:
     """Call prctl with up to four integer arguments; returns its result, raises OSError."""
     padded = (*args, 0, 0, 0, 0)[:4]
     return syscall(NR.prctl, option, *padded)
+
+
+_PR_SCHED_CORE, _PR_SCHED_CORE_GET, _SCOPE_THREAD = 62, 0, 0
+_no_cookies = False
+
+
+def core_cookie(tid: int) -> int:
+    """The core scheduling cookie of a thread (PR_SCHED_CORE_GET); 0: none, or the kernel or the CPU knows no such."""
+    global _no_cookies
+    if _no_cookies:
+        return 0
+    value = ctypes.c_uint64(0)
+    try:
+        syscall(NR.prctl, _PR_SCHED_CORE, _PR_SCHED_CORE_GET, tid, _SCOPE_THREAD, ctypes.addressof(value))
+    except OSError as error:
+        _no_cookies = error.errno in (errno.EINVAL, errno.ENODEV)
+        return 0
+    return value.value
 
 
 def set_name(name: str) -> None:

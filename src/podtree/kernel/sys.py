@@ -98,6 +98,7 @@ class NR(enum.IntEnum):
     mlock = 149
     mlockall = 151
     modify_ldt = 154
+    mseal = 462
     pivot_root = 155
     prctl = 157
     arch_prctl = 158

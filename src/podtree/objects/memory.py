@@ -39,7 +39,6 @@ REFUSED_FLAGS = {
     "io": "maps device memory",
     "pf": "maps device memory",
     "ht": "uses huge pages of hugetlbfs",
-    "sl": "is sealed with mseal(2)",
     "ss": "is a shadow stack",
     "dp": "is droppable memory",
     "um": "is registered with userfaultfd by the program",
@@ -73,6 +72,7 @@ class Vma(msgspec.Struct, frozen=True, kw_only=True):
     locked: bool = False
     lock_on_fault: bool = False  # MLOCK_ONFAULT, mlock2(2)
     advice: tuple[str, ...] = ()  # VmFlags of ADVICE
+    sealed: bool = False  # mseal(2)
 
 
 class MemoryLayout(msgspec.Struct, frozen=True, kw_only=True):
@@ -204,6 +204,7 @@ def _collect_vma(
         locked="lo" in entry.flags,
         lock_on_fault="lf" in entry.flags,
         advice=tuple(sorted(entry.flags & ADVICE.keys())),
+        sealed="sl" in entry.flags,
     )
 
 

@@ -13,7 +13,7 @@ import msgspec
 
 from podtree.kernel import procfs
 from podtree.kernel.sys import NR
-from podtree.objects import signals, timers
+from podtree.objects import ldt, signals, timers
 from podtree.objects.context import FrozenProcess
 from podtree.objects.descriptors import Fd
 from podtree.objects.memory import Memory
@@ -27,8 +27,8 @@ from podtree.script.task import Results, Script
 PR_GET_DUMPABLE, PR_SET_DUMPABLE = 3, 4
 PR_SET_CHILD_SUBREAPER, PR_GET_CHILD_SUBREAPER = 36, 37
 PR_GET_THP_DISABLE, PR_SET_THP_DISABLE = 42, 41
-PR_GET_MDWE = 66
-LDT_READ = 0  # modify_ldt(2)
+PR_SET_MDWE, PR_GET_MDWE = 65, 66
+PR_SET_MEMORY_MERGE, PR_GET_MEMORY_MERGE = 67, 68
 MEMBARRIER_GET_REGISTRATIONS = 1 << 9  # membarrier(2), linux/membarrier.h (6.3)
 WAITID, P_PID = 247, 1
 WSTOPPED, WNOWAIT = 2, 0x01000000  # linux/wait.h
@@ -72,6 +72,9 @@ class Process(msgspec.Struct, frozen=True, kw_only=True):
     membarrier: int  # MEMBARRIER_CMD_REGISTER_* commands in force
     stopped_by: int  # the signal if stopped by job control, else 0
     stop_reported: bool = True  # the parent has waited for that already
+    mdwe: int = 0  # PR_MDWE_*: no memory that can be written and executed
+    merge_memory: bool = False  # PR_SET_MEMORY_MERGE
+    ldt: bytes = b""  # local descriptor table, see podtree.objects.ldt
     shared: SharedTables = SharedTables()  # what is another process's is empty here, or a copy of its
     ended_leader: EndedLeader | None = None  # its leader isn't among `threads` then
 
@@ -131,6 +134,7 @@ class Asked(msgspec.Struct):
     subreaper: int
     thp: int
     mdwe: int
+    merge: int
     ldt: int
     membarrier: int
 
@@ -149,7 +153,8 @@ def ask(script: Script, timer_ids: list[int]) -> Asked:
         subreaper=subreaper,
         thp=script.add(NR.prctl, PR_GET_THP_DISABLE, 0, 0, 0, 0, name="PR_GET_THP_DISABLE"),
         mdwe=script.add(NR.prctl, PR_GET_MDWE, 0, 0, 0, 0),
-        ldt=script.add(NR.modify_ldt, LDT_READ, script.space(64), 64),
+        merge=script.add(NR.prctl, PR_GET_MEMORY_MERGE, 0, 0, 0, 0),
+        ldt=script.add(NR.modify_ldt, ldt.READ, script.space(64), 64),
         membarrier=script.add(NR.membarrier, MEMBARRIER_GET_REGISTRATIONS, 0, 0),
     )
 
@@ -217,6 +222,8 @@ def restore_attributes(process: Process, script: Script, late_ns: int) -> None:
     """Add the calls for what the leader sets for the whole process."""
     if process.child_subreaper:
         script.add(NR.prctl, PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0, name="PR_SET_CHILD_SUBREAPER")
+    if process.ldt and not process.shared.memory:
+        ldt.restore(process.ldt, script)
     if process.thp_disable:
         script.add(NR.prctl, PR_SET_THP_DISABLE, 1, 0, 0, 0, name="PR_SET_THP_DISABLE")
     for bit in range(32):
@@ -225,3 +232,13 @@ def restore_attributes(process: Process, script: Script, late_ns: int) -> None:
     if not process.shared.actions:
         signals.restore_actions(process.actions, script)
     timers.restore_posix_timers(list(process.posix_timers), script, late_ns)
+
+
+def restore_rules_for_memory(process: Process, script: Script) -> None:
+    """Add the calls that come last: what limits or changes all that is mapped from then on, and the dumpable flag."""
+    if process.dumpable in (0, 1):
+        script.add(NR.prctl, PR_SET_DUMPABLE, process.dumpable, 0, 0, 0, name="PR_SET_DUMPABLE")
+    if process.merge_memory:
+        script.add(NR.prctl, PR_SET_MEMORY_MERGE, 1, 0, 0, 0, name="PR_SET_MEMORY_MERGE")
+    if process.mdwe:
+        script.add(NR.prctl, PR_SET_MDWE, process.mdwe, 0, 0, 0, name="PR_SET_MDWE")

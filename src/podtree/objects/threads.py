@@ -14,7 +14,8 @@ import msgspec
 from podtree.kernel import ptrace
 from podtree.kernel.ptrace import Regs
 from podtree.kernel.sys import NR, syscall
-from podtree.objects import credentials, scheduling, seccomp, signals
+from podtree.objects import attributes, credentials, scheduling, seccomp, signals
+from podtree.objects.attributes import Attributes
 from podtree.objects.context import FrozenTask
 from podtree.objects.credentials import Credentials
 from podtree.objects.descriptors import Fd
@@ -51,6 +52,7 @@ class Thread(msgspec.Struct, frozen=True, kw_only=True):
     scheduling: Scheduling
     fds: tuple[Fd, ...] | None = None  # descriptors of its own; null: those of the process
     directories: Directories | None = None  # likewise
+    attributes: Attributes = Attributes()
     own_undo: bool = False  # likewise: adjustments of semaphores (SEM_UNDO) that others don't have
 
     @property
@@ -76,6 +78,7 @@ class Asked(msgspec.Struct):
     tid_address: int
     pdeathsig: int
     securebits: int
+    attributes: attributes.Asked
 
 
 def ask(script: Script) -> Asked:
@@ -85,6 +88,7 @@ def ask(script: Script) -> Asked:
         tid_address=script.space(8),
         pdeathsig=script.space(8),
         securebits=credentials.ask_securebits(script),
+        attributes=attributes.ask(script),
     )
     script.add(NR.prctl, PR_GET_TID_ADDRESS, asked.tid_address, 0, 0, 0, name="PR_GET_TID_ADDRESS")
     script.add(NR.prctl, PR_GET_PDEATHSIG, asked.pdeathsig, 0, 0, 0, name="PR_GET_PDEATHSIG")
@@ -115,6 +119,7 @@ def collect(task: FrozenTask, asked: Asked, results: Results, comm: bytes) -> Th
         credentials=credentials.collect(task.status, credentials.read_securebits(asked.securebits, results)),
         seccomp=seccomp.collect(task.tid, task.status),
         scheduling=scheduling.collect(task.tid),
+        attributes=attributes.collect(asked.attributes, results),
     )
 
 
@@ -140,6 +145,7 @@ def restore(thread: Thread, script: Script, last_cap: int) -> None:
         script.add(NR.rseq, address, size, 0, signature, name="rseq")
     signals.restore_altstack(thread.altstack, script)
     seccomp.restore(thread.seccomp, script)
+    attributes.restore(thread.attributes, script)
     credentials.restore(thread.credentials, script, last_cap)
 
 

@@ -73,11 +73,11 @@ _CLONE_NEWTIME = 0x80  # of unshare(2)
 _NEWEST_KNOWN = 467  # open_tree_attr, Linux 6.15: above it ENOSYS
 _AUDIT_ARCH_X86_64, _AUDIT_ARCH_I386 = 0xC000003E, 0x40000003
 _X32_BIT = 0x40000000
-_RET_ERRNO = 0x00050000
+_RET_ERRNO, _RET_ALLOW = 0x00050000, 0x7FFF0000
 _SECCOMP_SET_MODE_FILTER = 1
 #: A Landlock domain can't be read from outside, so a branch would run without it: there is none to begin with.
 _NOT_SAVED = ("landlock_add_rule", "landlock_create_ruleset", "landlock_restrict_self")
-_REVISION = 4  # of the rules below that _ALLOWED doesn't show
+_REVISION = 5  # of the rules below that _ALLOWED doesn't show
 _IOCTL = {_AUDIT_ARCH_X86_64: 16, _AUDIT_ARCH_I386: 54}  # number by architecture
 _UFFD_IOCTLS = 0xAA00  # UFFDIO: bits 8 to 15 of all ioctls of a userfaultfd, and of nothing else
 
@@ -133,7 +133,7 @@ def _compile() -> bytes:
     with tempfile.TemporaryFile() as file:
         rules.export_bpf(file)
         file.seek(0)
-        return _newer_are_unknown() + _no_faults_for_others() + file.read()
+        return _newer_are_unknown() + _sealing_is_allowed() + _no_faults_for_others() + file.read()
 
 
 # Instructions to put in front. BPF's jumps are relative, so libseccomp's program behind them needs no change.
@@ -153,6 +153,17 @@ def _newer_are_unknown() -> bytes:
         (_LOAD, 0, 0, _NR),
         (_GREATER, 0, 1, _NEWEST_KNOWN),  # x32 calls have bit 30 set, and go the same way
         (_RETURN, 0, 0, _RET_ERRNO | errno.ENOSYS),
+    )
+
+
+def _sealing_is_allowed() -> bytes:
+    """mseal(2), which is younger than many a libseccomp."""
+    return _assemble(
+        (_LOAD, 0, 0, _ARCH),
+        (_EQUAL, 0, 3, _AUDIT_ARCH_X86_64),
+        (_LOAD, 0, 0, _NR),
+        (_EQUAL, 0, 1, NR.mseal),
+        (_RETURN, 0, 0, _RET_ALLOW),
     )
 
 

@@ -123,6 +123,16 @@ class ProcessRestorer:
         self._lock_memory([v for v in self.process.memory.vmas if v.locked])
         if pieces:
             self.later = self._leave_missing(pieces, waiting)
+        self._seal_memory()
+
+    def _seal_memory(self) -> None:
+        script = self.body.script()
+        for vma in self.process.memory.vmas:
+            if vma.sealed:
+                what = f"mseal {vma.start:#x}-{vma.end:#x}"
+                script.add(NR.mseal, vma.start, vma.end - vma.start, 0, name=what)
+                script = self._flush(script)
+        self.body.run(script)
 
     def _lock_memory(self, vmas: list[Vma]) -> None:
         script = self.body.script()
@@ -363,8 +373,10 @@ class ProcessRestorer:
 
     def set_what_credentials_take_away(self) -> None:
         """Each change of ids takes away the signal that a thread gets at its parent's end, and the dumpable flag."""
-        if self.process.dumpable in (0, 1) and not self.tables.memory:
-            self.body.do(NR.prctl, processes.PR_SET_DUMPABLE, self.process.dumpable, 0, 0, 0)
+        if not self.tables.memory:
+            script = self.body.script()
+            processes.restore_rules_for_memory(self.process, script)
+            self.body.run(script)
         for thread, body in zip(self.process.threads, self.bodies, strict=True):
             if thread.parent_death_signal:
                 body.do(NR.prctl, threads.PR_SET_PDEATHSIG, thread.parent_death_signal, 0, 0, 0)

@@ -172,6 +172,7 @@ def _check_process(process: Process, files: set[int], bounds: Bounds) -> None:
     if not process.shared.memory:
         _check_memory(process)
     _check_signals(process)
+    _expect(0 <= process.mdwe < 4, f"process {pid} has impossible rules for its memory")
     _check_limits(pid, process.limits)
     for thread in process.threads:
         _check_thread(pid, thread, bounds)
