@@ -20,7 +20,7 @@ LAYERS = (
     ("freeze", "mapcache", "collect", "diff", "pool"),
     ("pod.cgroup", "pod.containment", "pod.dirs", "pod.launch", "pod.live", "pod.paths", "pod.spec", "pod.wire"),
     ("checkpoint", "restore", "recorder"),
-    ("pod", "doctor"),
+    ("pod", "doctor", "transfer"),
     ("api",),
     ("cli",),
 )

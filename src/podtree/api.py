@@ -23,7 +23,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+import msgspec
 
 from podtree.errors import Conflict, Problem, UsageError
 from podtree.pod import control, rootfs
@@ -118,6 +120,32 @@ class Pool:
     def checkpoints(self) -> list[Checkpoint]:
         """All checkpoints, oldest first."""
         return [Checkpoint(self, record.id) for record in self.store.checkpoints()]
+
+    def import_checkpoint(
+        self,
+        source: str | os.PathLike[str] | BinaryIO,
+        *,
+        volumes: Iterable[str] = (),
+        root: str | None = None,
+        tag: str | None = None,
+    ) -> Checkpoint:
+        """Take in what Checkpoint.export has written: a file, an OCI layout in a directory, or a stream.
+
+        `volumes` and `root`: what -v's directories and --rootfs of its pod are here. Raises Damaged, Conflict,
+        NotFound, Unsupported; then the pool is as it was.
+        """
+        from podtree.transfer.load import load
+
+        shown = tuple(specs.parse_volume(text) for text in volumes)
+        with contextlib.ExitStack() as scope:
+            stream: Path | BinaryIO
+            if not isinstance(source, str | os.PathLike):
+                stream = source
+            elif Path(source).is_dir():
+                stream = Path(source)
+            else:
+                stream = scope.enter_context(open(source, "rb"))
+            return Checkpoint(self, load(self.store, stream, volumes=shown, rootfs=root, tag=tag).id)
 
 
 class Pod:
@@ -320,6 +348,29 @@ class Checkpoint:
     def tag(self, name: str) -> None:
         """Name it; a tagged checkpoint isn't removed."""
         self.pool.store.tag(name, self.id)
+
+    def export(
+        self,
+        output: str | os.PathLike[str] | BinaryIO,
+        *,
+        since: Checkpoint | str | None = None,
+        with_base: bool = False,
+    ) -> dict[str, Any]:
+        """Write it to a file or stream, for Pool.import_checkpoint; with `since` only what differs from that one.
+
+        `with_base`: with all files below the pod. Returns id, digest, bytes, ...
+        """
+        from podtree.transfer.export import export, to_file
+
+        store = self.pool.store
+        other = since.record if isinstance(since, Checkpoint) else since and store.resolve(since)
+
+        def write(out: BinaryIO) -> Any:
+            return export(store, self.record, out, since=other or None, with_base=with_base)
+
+        done = to_file(os.fspath(output), write) if isinstance(output, str | os.PathLike) else write(output)
+        result: dict[str, Any] = msgspec.to_builtins(done)
+        return result
 
     def discard(self) -> None:
         """Remove it; what descends from it stays."""

@@ -34,13 +34,15 @@ _VERBS = {
     "discard": "Remove a checkpoint, or a pod with all that only it used.",
     "tag": "Name a checkpoint.",
     "untag": "Remove such names.",
+    "export": "Write a checkpoint to a file.",
+    "import": "Take in a checkpoint from a file.",
     "gc": "Free what nothing refers to.",
     "fsck": "Verify everything that is kept.",
     "doctor": "Tell what this machine can do.",
     "pool": "Show the pool, unmount it, make its index again.",
 }
 _ALIASES = {"fork": "branch"}
-_MODULES = {"exec": "exec_"}
+_MODULES = {"exec": "exec_", "import": "import_"}
 class Verbs(click.Group):
     """A group whose commands are the modules of this package."""
 

@@ -23,6 +23,7 @@ from podtree.objects import contents
 from podtree.objects.memfd import MemoryFile
 
 _CHUNK = 256  # pages
+_PLACES = ("rootfs", "volumes")
 
 
 def page_files(manifest: Manifest) -> list[str]:
@@ -104,6 +105,11 @@ def verify_shared(image_fd: int, manifest: Manifest) -> None:
         contents.verify(image_fd, key, size)
 
 
+def _portable(spec: Any) -> Any:
+    """A pod's spec without what names places of one machine: an import may have changed those."""
+    return {key: value for key, value in spec.items() if key not in _PLACES} if isinstance(spec, dict) else spec
+
+
 def problems(image: Path, spec: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """(file, what is wrong) of what only the manifest tells: is it one, are the files there that it speaks of,
     is the pod's `spec` the one that it was saved with. The pages' checksums aren't looked at.
@@ -115,7 +121,7 @@ def problems(image: Path, spec: dict[str, Any]) -> Iterator[tuple[str, str]]:
         return
     try:
         manifest = manifest_file.load(fd)
-        if msgspec.json.decode(manifest.spec) != spec:
+        if _portable(msgspec.json.decode(manifest.spec)) != _portable(spec):
             yield "manifest", "was saved with another spec than meta.json has"
         files = [f"mem/{name}" for name in page_files(manifest)]
         files += [f"{contents.DIRECTORY}/{contents.check_key(key)}" for key in shared_contents(manifest)]

@@ -231,7 +231,7 @@ def outer_plan(spec: PodSpec, dirs: PodDirs) -> list[Step]:
     steps: list[Step] = []
     if spec.rootfs is None:
         layers = dirs.vol / "mounts"
-        steps += [HostOverlay(p, layers / p.replace("/", "%2F"), dirs.home) for p in _submounts(dirs)]
+        steps += [HostOverlay(p, layers / p.replace("/", "%2F"), dirs.home) for p in submounts(dirs.home)]
     steps += [
         NewFileSystem("/sys", "sysfs", _PLAIN | MountAttr.RDONLY),
         NewFileSystem("/dev", "tmpfs", _PLAIN, {"mode": "755", "size": "64m"}),
@@ -351,9 +351,9 @@ def _copy_attributes(source: Path, target: Path) -> None:
     shutil.copystat(source, target)
 
 
-def _submounts(dirs: PodDirs) -> list[str]:
-    """Where the host has other file systems of its own, outermost first."""
-    own = ("/proc", "/sys", "/dev", "/run", str(dirs.home))
+def submounts(home: Path) -> list[str]:
+    """Where the host has other file systems of its own, outermost first. `home`: of the pool."""
+    own = ("/proc", "/sys", "/dev", "/run", str(home))
     points = {m.point for m in mount.mountinfo() if m.fstype in _HOST_FILE_SYSTEMS and m.point != "/"}
     points = {p for p in points if not any(p == o or p.startswith(o + "/") for o in own)}
     return sorted(p for p in points if not _is_pool(Path(p)))

@@ -10,10 +10,12 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import sys
 import tarfile
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
@@ -54,11 +56,28 @@ def _unpacked(pool_root: Path, digest: str, layers: tuple[Path, ...], source: st
 
     `layered`: they are layers of an image, in which some names take files away (image-spec, layer.md: whiteouts).
     """
+    def fill(draft: Path) -> None:
+        with contextlib.ExitStack() as stack:
+            _in_child([stack.enter_context(open(layer, "rb")) for layer in layers], draft, source, layered)
+
+    return keep(pool_root, digest, fill)
+
+
+def find(pool_root: Path, name: str) -> str | None:
+    """The directory in the pool of that name, if it is there; see `keep`."""
+    if not re.fullmatch("[0-9a-f]{32}", name):
+        return None
+    with contextlib.suppress(FileNotFoundError):
+        return str(pool_root / "rootfs" / name) if _keep(pool_root / "rootfs" / name) else None
+    return None
+
+
+def keep(pool_root: Path, digest: str, fill: Callable[[Path], None]) -> str:
+    """The directory in the pool for what has that digest (hex digits), made by `fill` unless it is there."""
     target = pool_root / "rootfs" / digest[:32]
     target.parent.mkdir(mode=0o700, exist_ok=True)
     if not _keep(target):
-        with contextlib.ExitStack() as stack:
-            _unpack_into([stack.enter_context(open(layer, "rb")) for layer in layers], target, source, layered)
+        _make(target, fill)
     return str(target)
 
 
@@ -75,11 +94,11 @@ def _keep(target: Path) -> bool:
     return True
 
 
-def _unpack_into(layers: list[IO[bytes]], target: Path, source: str, layered: bool) -> None:
+def _make(target: Path, fill: Callable[[Path], None]) -> None:
     """By way of a directory of another name: `target` is whole or isn't there."""
     draft = Path(tempfile.mkdtemp(prefix=".new-", dir=target.parent))
     try:
-        _in_child(layers, draft, source, layered)
+        fill(draft)
         os.utime(draft)  # the archive may say otherwise
         _make_durable(draft)
         with contextlib.suppress(OSError):  # somebody else was faster

@@ -180,7 +180,7 @@ def _check_checkpoint(
         if part == "vol":
             found = list(_read_all(top / part, tally))
         else:
-            found = list(_check_image(top / part, meta, tally, examine))
+            found = list(_check_image(top / part, meta.spec if meta else None, tally, examine))
         yield from ((f"{part}/{name}", what) for name, what in found)
         if state and not found:
             yield part, state
@@ -210,8 +210,13 @@ def _check_meta(pool: Pool, record: CheckpointRecord) -> Generator[tuple[str, st
     return meta
 
 
+def check_image(image: Path, spec: dict[str, Any], examine: Examine) -> list[tuple[str, str]]:
+    """(file, what is wrong) of an image directory that isn't a checkpoint's yet; `spec`: its pod's."""
+    return list(_check_image(image, spec, _Tally(), examine))
+
+
 def _check_image(
-    image: Path, meta: CheckpointMeta | None, tally: _Tally, examine: Examine
+    image: Path, spec: dict[str, Any] | None, tally: _Tally, examine: Examine
 ) -> Iterator[tuple[str, str]]:
     wrong = False
     if not (image / "manifest").is_file():
@@ -222,8 +227,8 @@ def _check_image(
         for what in [info] if isinstance(info, str) else _check_image_file(image, name):
             wrong = True
             yield name, what
-    if not wrong and meta is not None:  # or the same would be said twice
-        yield from examine(image, meta.spec)
+    if not wrong and spec is not None:  # or the same would be said twice
+        yield from examine(image, spec)
 
 
 def _check_image_file(image: Path, name: str) -> list[str]:

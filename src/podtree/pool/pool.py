@@ -567,6 +567,9 @@ class Pool:
         for path in itertools.chain(self.strays(), self._unused_roots()):  # locked while they are at hand
             leftovers.append(path.name)
             self.store.throw_away(path)
+        for path in self.store.stale_parts(time.time()):
+            leftovers.append(path.name)
+            path.unlink(missing_ok=True)
         self._forget_old_runtimes()
         finished = self.store.volumes.wait_destroyed(timeout)
         home.give_back(self.home)
@@ -576,7 +579,8 @@ class Pool:
         return GcReport(checkpoints=gone, leftovers=tuple(leftovers), bytes_freed=freed, finished=finished)
 
     def _leftovers(self) -> Iterator[str]:
-        for paths in (self.strays(), self._unused_roots(), self.store.strays(self.store.drafts, set())):
+        parts = self.store.stale_parts(time.time())
+        for paths in (self.strays(), self._unused_roots(), self.store.strays(self.store.drafts, set()), parts):
             yield from (path.name for path in paths)
 
     def _unused_roots(self) -> Iterator[Path]:

@@ -3,6 +3,7 @@
     pods/<id>/      vol, img (volumes), spec.json, base, and plain files of the supervisor
     ckpts/<id>/     vol, img (snapshots), meta.json
     drafts/<id>/    one of the two above while it is being made; its maker holds a flock on it
+    incoming/       parts of imports that were cut off, by their SHA-256
     trash/<id>/     what is being removed; nobody needs it any more, whoever finds it removes it
     ballast         8 MiB of nothing, given up when the pool is so full that the index can't be written
 
@@ -30,6 +31,7 @@ from podtree.volume.backend import VolumeBackend
 PARTS = ("vol", "img")
 BALLAST = 8 << 20  # bytes
 _NOT_CARRIED = {"exit.json", "base"}  # plain files of a pod that a rewind doesn't take over
+_PART_REST_S = 86400.0
 _AT_FDCWD = ctypes.c_ulong(-100 & 0xFFFFFFFFFFFFFFFF).value
 _RENAME_EXCHANGE = 2  # linux/fs.h
 
@@ -58,6 +60,7 @@ class Store:
         self.ckpts = root / "ckpts"
         self.drafts = root / "drafts"
         self.trash = root / "trash"
+        self.incoming = root / "incoming"  # made by the first import
         self.ballast = root / "ballast"
 
     def pod_dir(self, pod: PodId) -> Path:
@@ -221,6 +224,13 @@ class Store:
             os.rmdir(path)
         except FileNotFoundError:
             pass  # another process removes it too
+
+    def stale_parts(self, now: float) -> Iterator[Path]:
+        """Parts of imports that nobody has gone on with for a day. `now`: time.time()."""
+        with contextlib.suppress(FileNotFoundError):
+            for entry in list(os.scandir(self.incoming)):
+                if now - entry.stat(follow_symlinks=False).st_mtime > _PART_REST_S:
+                    yield Path(entry.path)
 
     def strays(self, kind: Path, known: set[str]) -> Iterator[Path]:
         """Directories in pods/, ckpts/ or drafts/ that aren't `known` and that nobody is making."""
