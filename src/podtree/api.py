@@ -31,6 +31,7 @@ from podtree.errors import Conflict, Problem, UsageError
 from podtree.pod import control, rootfs
 from podtree.pod import spec as specs
 from podtree.pod.spec import PodSpec, StdioMode
+from podtree.pool.pending import State
 from podtree.pool.pool import Pool as Store
 from podtree.pool.records import CheckpointId, CheckpointRecord, PodId, PodRecord
 from podtree.recorder import settings as recorder
@@ -221,9 +222,16 @@ class Pod:
         client.close()
         return int(result["pid"])
 
-    def checkpoint(self, message: str = "", *, stop: bool = False, tag: str | None = None) -> Checkpoint:
-        """Save it. Raises Refused, with the problems, when something in it can't be saved."""
-        result = control.checkpoint(self.pool.store, self.record, message=message, stop=stop, tag=tag)
+    def checkpoint(
+        self, message: str = "", *, stop: bool = False, tag: str | None = None, wait: bool = True
+    ) -> Checkpoint:
+        """Save it. Raises Refused, with the problems, when something in it can't be saved.
+
+        Without `wait` it is only captured on return; see Checkpoint.state and Checkpoint.wait.
+        """
+        result = control.checkpoint(
+            self.pool.store, self.record, message=message, stop=stop, tag=tag, no_wait=not wait
+        )
         return Checkpoint(self.pool, CheckpointId(result["id"]))
 
     def checkpoints(self) -> list[Checkpoint]:
@@ -310,6 +318,19 @@ class Checkpoint:
     def record(self) -> CheckpointRecord:
         """What the pool knows of it now."""
         return self.pool.store.checkpoint(self.id)
+
+    @property
+    def state(self) -> str:
+        """captured, written, durable or lost. Raises NotFound."""
+        coming = self.pool.store.pending(self.id)
+        if coming is not None:
+            return coming.state.value
+        _record = self.record
+        return State.DURABLE.value
+
+    def wait(self) -> None:
+        """Until it is durable. Raises Damaged if it is lost."""
+        control.durable(self.pool.store, self.id)
 
     @property
     def ref(self) -> str:

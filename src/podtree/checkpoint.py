@@ -41,6 +41,7 @@ from podtree.objects.memory import ScannedPages
 from podtree.objects.processes import Process
 from podtree.objects.tables import clone_flags
 from podtree.pod.live import INIT, LivePod
+from podtree.pool.pending import State
 from podtree.restore import pager, plan
 from podtree.restore.pager import Filling
 from podtree.script import vdso
@@ -144,13 +145,15 @@ class Checkpointer:
         message: str = "",
         commit: bool = True,
         settle: Callable[[], None] = lambda: None,
+        reached: Callable[[State, float], None] = lambda _state, _pause_s: None,
         notes: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
         """Take one checkpoint, durable on return. With `stop` the pod is ended once that is so.
 
         `settle` is called when the pod is stopped, right before the volume's snapshot: what the supervisor
         holds of the pod's output has to be in the log by then. Without `commit` the draft is left complete
-        but uncommitted, for a look at it. `notes` go into the summary.
+        but uncommitted, for a look at it. `notes` go into the summary. `reached` is told when it is captured and when
+        it is written, and for how long the pod was stopped, in seconds.
 
         Returns the summary. Raises Refused when something can't be saved; nothing was written then.
         """
@@ -162,7 +165,7 @@ class Checkpointer:
         while True:
             try:
                 with _no_garbage_collection():
-                    return self._checkpoint(draft, stop, message, begun, commit, settle, notes or {})
+                    return self._checkpoint(draft, stop, message, begun, commit, settle, reached, notes or {})
             except Refused as refused:  # nothing was copied yet: tracking is as it was
                 if insight.prepare():
                     continue
@@ -182,6 +185,7 @@ class Checkpointer:
         begun: float,
         commit: bool,
         settle: Callable[[], None],
+        reached: Callable[[State, float], None],
         notes: dict[str, Any],
     ) -> dict[str, Any]:
         self._maps.prepare(self.live.pids())
@@ -202,8 +206,10 @@ class Checkpointer:
             if not stop:
                 self._release(frozen)
             pause = time.monotonic() - stopped_at
+            reached(State.CAPTURED, pause)
             written = self._precopied + self._write(manifest, copied, table)
             draft.snapshot_image()
+            reached(State.WRITTEN, pause)
             summary = {
                 "id": draft.id,
                 "pause_ms": round(pause * 1e3, 3),

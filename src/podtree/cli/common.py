@@ -103,12 +103,13 @@ def print_error(error: PodtreeError) -> None:
 
 
 def for_each(
-    refs: Iterable[str], as_json: bool, act: Callable[[str], dict[str, Any]], shown: str = "pod"
+    refs: Iterable[str], as_json: bool, act: Callable[[str], dict[str, Any]], *shown: str
 ) -> None:
     """Do something with each of several pods, also when it fails with some: their errors are told, and the
     exit code is that of the first.
 
-    `act` gives an object, of which the field `shown` is printed, or with `as_json` all in a list.
+    `act` gives an object, of which a field is printed, the first of `shown` (or "pod") that it has, or with `as_json`
+    all in a list.
     """
     done: list[dict[str, Any]] = []
     failed: list[PodtreeError] = []
@@ -125,7 +126,7 @@ def for_each(
                 print_error(error)
         else:
             if not as_json:
-                click.echo(done[-1][shown])
+                click.echo(next(done[-1][name] for name in (*shown, "pod") if name in done[-1]))
     if as_json:
         print_json(done)
     if failed:

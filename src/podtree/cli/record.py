@@ -79,6 +79,7 @@ def _sentence(result: dict[str, Any]) -> str:
         parts.append(f"{result['thinned']} thinned")
     if result["taken"]:
         parts.append(f"stopped for {result['pause_ms'] / result['taken']:.1f} ms on average")
+        parts.append(f"durable {result['lag_ms']:.0f} ms later ({result['longest_lag_ms']:.0f} at most)")
     if result["failed"]:
         parts.append(f"{result['failed']} failed")
     text = ", ".join(parts)

@@ -20,8 +20,12 @@ from podtree.pool.records import CheckpointRecord, PodRecord
 def command(ref: str, as_json: bool) -> None:
     """Show a pod (by its name or id) or a checkpoint (pod@N, id, tag...)."""
     with Pool.open() as pool:
-        found = find(pool, ref)
-        data = _pod(pool, found) if isinstance(found, PodRecord) else _checkpoint(pool, found)
+        coming = pool.pending(ref)
+        if coming is not None:
+            data = {"kind": "checkpoint", **view.pending_json(coming)}
+        else:
+            found = find(pool, ref)
+            data = _pod(pool, found) if isinstance(found, PodRecord) else _checkpoint(pool, found)
     if as_json:
         common.print_json(data)
         return

@@ -18,4 +18,4 @@ def command(as_json: bool, names: tuple[str, ...]) -> None:
             pool.untag(name)
             return {"name": name}
 
-        common.for_each(names, as_json, remove, shown="name")
+        common.for_each(names, as_json, remove, "name")

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from podtree.errors import Conflict, NotFound, PodtreeError, Problem, UsageError, as_text
+from podtree.errors import Conflict, Damaged, NotFound, PodtreeError, Problem, UsageError, as_text
 from podtree.pod import keeper, nursery, wire
 from podtree.pod import spec as specs
 from podtree.pod.dirs import PodDirs
@@ -24,12 +24,14 @@ from podtree.pod.keeper import CONTROL
 from podtree.pod.nursery import Start
 from podtree.pod.spec import PodSpec, StdioMode
 from podtree.pool import refs
+from podtree.pool.pending import State
 from podtree.pool.pool import Pool
 from podtree.pool.records import CheckpointRecord, PodRecord, PodState, new_id
 from podtree.pool.retention import Removed
 from podtree.recorder.settings import Settings
 
 Done = TypeVar("Done")
+_LOOK_S = 0.02  # between two looks at whether a checkpoint is durable
 _CHANGES = 3  # how often another command may end or start a pod between two attempts
 _ATTEMPTS = 100  # others may be quicker with the same invented name
 _HELPERS = 3  # running pods whose keepers are asked to fork another
@@ -305,17 +307,26 @@ def execute(
 
 
 def checkpoint(
-    pool: Pool, pod: PodRecord, *, message: str = "", stop: bool = False, tag: str | None = None
+    pool: Pool,
+    pod: PodRecord,
+    *,
+    message: str = "",
+    stop: bool = False,
+    tag: str | None = None,
+    no_wait: bool = False,
 ) -> dict[str, Any]:
-    """Save a running pod: {id, pod, number, pause_ms, total_ms, bytes_written, processes}.
+    """Save a running pod: {id, pod, number, state, pause_ms, total_ms, lag_ms, bytes_written, processes}.
 
-    With `stop` it has ended on return.
+    With `stop` it has ended on return. With `no_wait` it runs on, and the checkpoint is only captured: {id, pod, state,
+    pause_ms}; `durable` waits for the rest.
     """
+    if no_wait and (stop or tag is not None):
+        raise UsageError("--no-wait goes with neither --stop nor --tag", "podtree wait ID, then podtree tag ID NAME")
     if as_text(message) != message:
         raise UsageError(f"the message is not valid UTF-8: {message}")
     if tag is not None:
         pool.check_free(refs.check_name(tag, "tag"))  # before there is a checkpoint that nobody asked for
-    result = call(pool, pod, "checkpoint", message=message, stop=stop)
+    result = call(pool, pod, "checkpoint", message=message, stop=stop, no_wait=no_wait)
     if tag is not None:
         pool.tag(tag, result["id"])
         result["tag"] = tag
@@ -469,6 +480,19 @@ def wait(pool: Pool, pod: PodRecord) -> int:
         with contextlib.suppress(PodtreeError), connect(pool, pod) as client:
             return int(client.call("wait")["code"])
     return exit_code(pool, pod)
+
+
+def durable(pool: Pool, ref: str) -> CheckpointRecord:
+    """The checkpoint, once it is durable. Raises NotFound, or Damaged if it is lost."""
+    while True:
+        found = pool.pending(ref)  # first: it leaves there when it is in the index
+        if found is None:
+            return pool.resolve(ref)
+        if found.state is State.LOST and not pool.has_checkpoint(found.id):
+            raise Damaged(f"checkpoint {found.id} was captured, and is lost: {found.error}")
+        if found.state is State.LOST:
+            return pool.checkpoint(found.id)
+        time.sleep(_LOOK_S)
 
 
 def exit_code(pool: Pool, pod: PodRecord) -> int:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
 import traceback
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from podtree.errors import Problem, RestoreFailed
 from podtree.kernel import caps
@@ -12,6 +16,8 @@ from podtree.pod import privileges
 from podtree.pod.cgroup import Cgroup
 from podtree.pod.dirs import PodDirs
 from podtree.pod.live import LivePod
+from podtree.pool import pending
+from podtree.pool.pending import State
 from podtree.pool.pool import LOCK_SECONDS
 from podtree.pool.records import PodState
 
@@ -107,26 +113,79 @@ def check(supervisor: Supervisor) -> list[Problem]:
     return problems
 
 
+class _Progress:
+    """Tells everybody how far a checkpoint is, from when it is captured until it is durable or lost.
+
+    `captured` is told once, with what can be said of it then.
+    """
+
+    def __init__(
+        self, supervisor: Supervisor, draft: Draft, message: str, captured: Callable[[dict[str, Any]], None]
+    ) -> None:
+        self._directory = supervisor.dirs.pod
+        self._draft = draft
+        self._message = message
+        self._captured = captured
+        self._note: pending.Pending | None = None
+        self.since = 0.0  # time.monotonic() when it was captured
+
+    def reached(self, state: State, pause_s: float) -> None:
+        if self._note is None:
+            self.since = time.monotonic()
+            self._note = pending.begun(self._draft.id, self._message, time.time_ns())
+            self._tell(state)
+            self._captured({"id": self._draft.id, "state": state.value, "pause_ms": round(pause_s * 1e3, 3)})
+        else:
+            self._tell(state)
+
+    def _tell(self, state: State, error: str = "") -> None:
+        """A full disk keeps the checkpoint from being written, and may keep this from being told."""
+        if self._note is not None:
+            with contextlib.suppress(OSError):
+                pending.note(self._directory, msgspec.structs.replace(self._note, state=state, error=error))
+
+    def failed(self, error: BaseException) -> None:
+        self._tell(State.LOST, str(error) or type(error).__name__)
+
+    def done(self) -> None:
+        with contextlib.suppress(OSError):
+            pending.forget(self._directory, self._draft.id)
+
+
 def checkpoint(
-    supervisor: Supervisor, *, stop: bool = False, message: str = "", recorded: bool = False
+    supervisor: Supervisor,
+    *,
+    stop: bool = False,
+    message: str = "",
+    recorded: bool = False,
+    captured: Callable[[dict[str, Any]], None] = lambda _told: None,
 ) -> dict[str, Any]:
     """Save the pod. On any error nothing is left of the attempt and the pod goes on.
 
-    `recorded`: it is the recorder's, who doesn't wait for other commands, and may be thinned.
+    `recorded`: it is the recorder's, who doesn't wait for other commands, and may be thinned. `captured` is called when
+    the pod runs on; what fails from then on is noted as lost.
     """
     supervisor.running()
     draft = supervisor.pool.begin_checkpoint(supervisor.pod_id, 0 if recorded else LOCK_SECONDS)
+    progress = _Progress(supervisor, draft, message, captured)
     try:
-        summary: dict[str, Any] = supervisor.checkpointer.get().checkpoint(
-            draft, stop=stop, message=message, settle=supervisor.drain_output,
-            notes={"recorded": True} if recorded else {},
-        )  # fmt: skip
+        with supervisor.pool.lock_pod(supervisor.pod_id):
+            try:
+                summary: dict[str, Any] = supervisor.checkpointer.get().checkpoint(
+                    draft, stop=stop, message=message, settle=supervisor.drain_output, reached=progress.reached,
+                    notes={"recorded": True} if recorded else {},
+                )  # fmt: skip
+            except BaseException as error:
+                progress.failed(error)
+                raise
+            progress.done()
     finally:
         draft.abort()  # nothing, once it was committed
     if stop:
         supervisor.final_state = PodState.STOPPED
     record = supervisor.pool.checkpoint(draft.id)
-    return {**summary, "id": record.id, "pod": record.pod_name, "number": record.number}
+    summary["lag_ms"] = round((time.monotonic() - progress.since) * 1e3, 3)
+    return {**summary, "id": record.id, "pod": record.pod_name, "number": record.number, "state": State.DURABLE.value}
 
 
 def restore(supervisor: Supervisor, group: Cgroup, *, verified: bool = False) -> LivePod:

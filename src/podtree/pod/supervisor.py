@@ -589,8 +589,25 @@ class Supervisor:
         for stdio in self.clients.stdio.values():
             stdio.drain()
 
-    def _do_checkpoint(self, client: Connection, message: dict[str, Any]) -> dict[str, Any]:
-        return engine.checkpoint(self, stop=bool(message.get("stop")), message=str(message.get("message", "")))
+    def _do_checkpoint(self, client: Connection, message: dict[str, Any]) -> dict[str, Any] | None:
+        """With `no_wait` the reply comes when it is captured; what becomes of it then is told by its state."""
+        text = str(message.get("message", ""))
+        if not message.get("no_wait"):
+            return engine.checkpoint(self, stop=bool(message.get("stop")), message=text)
+        told = False
+
+        def captured(what: dict[str, Any]) -> None:
+            nonlocal told
+            told = True
+            client.send({"ok": {**what, "pod": self.name}})
+
+        try:
+            engine.checkpoint(self, message=text, captured=captured)
+        except Exception:
+            if not told:
+                raise
+            traceback.print_exc()
+        return None
 
     def _do_record(self, client: Connection, message: dict[str, Any]) -> dict[str, Any]:
         """With `settings` the pod is recorded from now on, with `off` no longer; without both: how it goes."""

@@ -21,12 +21,13 @@ from typing import Any
 import msgspec
 
 from podtree.errors import Conflict, Damaged, NotFound, PodtreeError
-from podtree.pool import faults, home, lookup, names, refs, retention, rows
+from podtree.pool import faults, home, lookup, names, pending, refs, retention, rows
 from podtree.pool.draft import Draft
 from podtree.pool.index import Index
 from podtree.pool.liveness import boot_id, start_time
 from podtree.pool.locks import acquire
 from podtree.pool.newpod import NewPod
+from podtree.pool.pending import Pending
 from podtree.pool.records import (
     CheckpointId,
     CheckpointMeta,
@@ -508,6 +509,17 @@ class Pool:
         pods = self.index.rows("SELECT * FROM pods WHERE parent = ? AND NOT removed ORDER BY created_ns", ck)
         return [rows.checkpoint(row) for row in found], [rows.pod(row) for row in pods]
 
+    def all_pending(self, pod: PodId | None = None) -> list[Pending]:
+        """Checkpoints that aren't durable, or are lost: of all pods that are there, or of one."""
+        pods = [record.id for record in self.pods()] if pod is None else [pod]
+        notes = [note for one in pods for note in pending.read(self.store.pod_dir(one))]
+        return [note for note in notes if not self.has_checkpoint(note.id)]
+
+    def pending(self, ref: str) -> Pending | None:
+        """The one of them whose id begins so."""
+        found = [note for note in self.all_pending() if len(ref) >= 3 and note.id.startswith(ref)]
+        return found[0] if len(found) == 1 else None
+
     # Removal
 
     def discard(self, what: CheckpointRecord | PodRecord) -> Removed:
@@ -570,6 +582,9 @@ class Pool:
         for path in self.store.stale_parts(time.time()):
             leftovers.append(path.name)
             path.unlink(missing_ok=True)
+        for pod in self.pods():
+            with contextlib.suppress(Conflict, OSError), self.lock_pod(pod.id, 0):
+                pending.forget_lost(self.pod_dir(pod.id))
         self._forget_old_runtimes()
         finished = self.store.volumes.wait_destroyed(timeout)
         home.give_back(self.home)

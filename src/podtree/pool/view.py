@@ -7,7 +7,8 @@ from datetime import datetime
 from typing import Any
 
 from podtree.errors import printable
-from podtree.pool.records import CheckpointRecord, PodRecord
+from podtree.pool.pending import Pending, State
+from podtree.pool.records import CheckpointRecord, PodRecord, to_datetime
 
 
 def iso(moment: datetime | None) -> str | None:
@@ -34,12 +35,25 @@ def checkpoint_json(record: CheckpointRecord) -> dict[str, Any]:
         "pod_id": record.pod,
         "number": record.number,
         "ref": record.ref,
+        "state": State.DURABLE.value,
         "parent": record.parent,
         "time": iso(record.time),
         "tags": list(record.tags),
         "message": record.message,
     }
     return {**own, **{key: value for key, value in record.summary.items() if key not in own}}
+
+
+def pending_json(note: Pending) -> dict[str, Any]:
+    """A checkpoint that isn't durable, as JSON."""
+    found = {"id": note.id, "state": note.state.value, "time": iso(to_datetime(note.time_ns)), "message": note.message}
+    return {**found, "error": note.error} if note.error else found
+
+
+def pending_line(note: Pending) -> str:
+    """id, (state), time, why it is lost, message."""
+    parts = [note.id, f"({note.state})", f"{to_datetime(note.time_ns):%Y-%m-%d %H:%M:%S}"]
+    return "  ".join([*parts, printable(note.error), printable(note.message.partition("\n")[0])]).rstrip()
 
 
 def pod_json(record: PodRecord) -> dict[str, Any]:

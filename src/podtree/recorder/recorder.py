@@ -61,6 +61,8 @@ class Status(msgspec.Struct):
     failed: int = 0
     thinned: int = 0
     pause_ms: float = 0.0  # in all
+    lag_ms: float = 0.0  # of the last one: from when the pod went on until it was durable
+    longest_lag_ms: float = 0.0
     last: str | None = None  # id
     error: str | None = None  # why the last attempt failed; None after one that didn't
 
@@ -112,6 +114,8 @@ class Recorder:
             status.taken += 1
             status.last, status.error = summary["id"], None
             status.pause_ms += summary["pause_ms"]
+            status.lag_ms = summary["lag_ms"]
+            status.longest_lag_ms = max(status.longest_lag_ms, status.lag_ms)
             self._in(_SETTLE_S, self._settle)
             if status.taken % _THIN_EVERY == 0:
                 self._thin()
