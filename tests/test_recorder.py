@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from driver import SYSTEM_PYTHON, Pod, Podtree, until
 from pod_fixtures import supervisor_of
 from podtree.errors import UsageError
-from podtree.pool.records import CheckpointId
+from podtree.pool.records import CheckpointId, Moment
 from podtree.recorder import settings
 from podtree.recorder.settings import KEEP_DEFAULT, Keep
 from podtree.recorder.thinning import surplus
@@ -53,6 +53,9 @@ def test_settings_from_words() -> None:
         {"every": "1s", "budget": "0%"},
         {"every": "1s", "budget": "101%"},
         {"every": "1s", "last": -1},
+        {"every": "1s", "marks": -1},
+        {"every": "1s", "max_size": "much"},
+        {"every": "1s", "max_size": "0"},
         {"every": "1s", "within": "x"},
     ],
 )
@@ -61,8 +64,8 @@ def test_senseless_settings(words: dict[str, Any]) -> None:
         settings.make(**words)
 
 
-def moments(times: list[int]) -> list[tuple[int, CheckpointId]]:
-    return [(at, CheckpointId(f"{number:012x}")) for number, at in enumerate(times)]
+def moments(times: list[int]) -> list[Moment]:
+    return [Moment(at, CheckpointId(f"{number:012x}")) for number, at in enumerate(times)]
 
 
 NUMBERS = st.integers(0, 20)
@@ -77,8 +80,8 @@ def test_thinning(times: list[int], keep: Keep) -> None:
     all_of_them = moments(times)
     now = max(times, default=0) + 1
     gone = set(surplus(all_of_them, keep, now))
-    left = sorted(((at, one) for at, one in all_of_them if one not in gone), reverse=True)
-    newest = sorted(all_of_them, reverse=True)
+    left = sorted(((at, one) for at, one, *_ in all_of_them if one not in gone), reverse=True)
+    newest = sorted(((at, one) for at, one, *_ in all_of_them), reverse=True)
     assert left[: keep.last] == newest[: keep.last]
     assert {m for m in newest if m[0] > now - keep.within_ns} <= set(left)
     for number, unit in ((keep.minutely, 60), (keep.hourly, 3600), (keep.daily, 86400)):
@@ -86,7 +89,7 @@ def test_thinning(times: list[int], keep: Keep) -> None:
         assert all(next(m for m in newest if m[0] // (unit * SECOND) == one) in left for one in units)
     most = keep.last + keep.minutely + keep.hourly + keep.daily
     assert len(left) <= most + sum(at > now - keep.within_ns for at, _ in newest)
-    assert surplus(left, keep, now) == []
+    assert surplus([Moment(*one) for one in left], keep, now) == []
 
 
 def test_thinning_of_a_day() -> None:
@@ -94,6 +97,22 @@ def test_thinning_of_a_day() -> None:
     day = 86400
     left = day - len(surplus(moments([n * SECOND for n in range(day)]), KEEP_DEFAULT, day * SECOND))
     assert left == 599 + 50 + 23  # ten of the minutes, and an hour and a day, have theirs among the first
+
+
+def test_thinning_of_marks() -> None:
+    """The latest marks stay, each with the one before; a limit to the size goes before all else."""
+    ids = [CheckpointId(f"{number:012x}") for number in range(10)]
+    found = [Moment(n, one, 100) for n, one in enumerate(ids)]
+    for n in (2, 5, 8):
+        found[n] = Moment(n, ids[n], 100, ids[n - 1], True)
+    gone = surplus(found, Keep(last=1, marks=2), 100)
+    assert [one for one in ids if one not in gone] == [ids[n] for n in (4, 5, 7, 8, 9)]
+    assert surplus(found, Keep(last=1, marks=0), 100) == ids[:9]
+    assert surplus(found, Keep(last=10, max_bytes=350), 100) == ids[:7]
+    assert surplus(found, Keep(last=10, max_bytes=1), 100) == ids[:9]
+    made = settings.make("1s", marks=3, max_size="1.5k")
+    assert (made.keep.marks, made.keep.max_bytes) == (3, 1536)
+    assert made.keep.within_ns == KEEP_DEFAULT.within_ns
 
 
 # ---- pods

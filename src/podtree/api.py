@@ -234,6 +234,11 @@ class Pod:
         )
         return Checkpoint(self.pool, CheckpointId(result["id"]))
 
+    def mark(self, text: str) -> Checkpoint:
+        """A checkpoint for a moment that is worth keeping; `text` says why."""
+        result = control.mark(self.pool.store, self.record, text)
+        return Checkpoint(self.pool, CheckpointId(result["id"]))
+
     def checkpoints(self) -> list[Checkpoint]:
         """Its checkpoints, oldest first."""
         return [Checkpoint(self.pool, record.id) for record in self.pool.store.checkpoints(self.id)]
@@ -248,10 +253,13 @@ class Pod:
         minutely: int | None = None,
         hourly: int | None = None,
         daily: int | None = None,
+        marks: int | None = None,
+        max_size: str | None = None,
     ) -> None:
         """Take a checkpoint every so often, from now on. The words are those of `podtree record`."""
         settings = recorder.make(
-            every, budget, last=last, within=within, minutely=minutely, hourly=hourly, daily=daily
+            every, budget, last=last, within=within, minutely=minutely, hourly=hourly, daily=daily, marks=marks,
+            max_size=max_size,
         )
         control.record(self.pool.store, self.record, settings)
 

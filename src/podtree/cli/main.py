@@ -23,6 +23,7 @@ _VERBS = {
     "wait": "Wait for pods to end; print their exit codes.",
     "rm": "Remove pods.",
     "checkpoint": "Save a pod: its processes and its files, at one instant.",
+    "mark": "Save a moment that is worth keeping.",
     "record": "Checkpoint a pod again and again, or no longer.",
     "branch": "Make a new running pod from a checkpoint.",
     "rewind": "Put a pod back to one of its checkpoints, in place.",

@@ -13,6 +13,7 @@ from podtree.pod import control
 from podtree.recorder import settings as recorder
 from podtree.recorder.settings import Settings
 
+_NAMES = {"budget": "--budget", "max_size": "--max-size"}
 _KEEP = "Keep recorded checkpoints: "
 _OPTIONS = (
     click.option("--every", metavar="TIME", help="Take a checkpoint so often: 1s, 500ms."),
@@ -22,6 +23,8 @@ _OPTIONS = (
     click.option("--keep-minutely", "minutely", type=int, metavar="N", help=f"{_KEEP}one of each of N minutes [60]."),
     click.option("--keep-hourly", "hourly", type=int, metavar="N", help=f"{_KEEP}one of each of N hours [24]."),
     click.option("--keep-daily", "daily", type=int, metavar="N", help=f"{_KEEP}one of each of N days [30]."),
+    click.option("--keep-marks", "marks", type=int, metavar="N", help=f"{_KEEP}N marked ones, and those before [100]."),
+    click.option("--max-size", "max_size", metavar="SIZE", help="Of what all of them have written; the oldest go."),
 )
 
 
@@ -38,7 +41,7 @@ def recorder_settings(options: dict[str, Any]) -> Settings | None:
     if options["every"] is not None:
         return recorder.make(**options)
     if given:
-        raise UsageError(f"--{'' if given[0] == 'budget' else 'keep-'}{given[0]} needs --every", "--every 1s")
+        raise UsageError(f"{_NAMES.get(given[0], f'--keep-{given[0]}')} needs --every", "--every 1s")
     return None
 
 
@@ -77,6 +80,8 @@ def _sentence(result: dict[str, Any]) -> str:
     parts = [head, f"{result['taken']} taken", f"{result['skipped']} left out (nothing had happened)"]
     if result["thinned"]:
         parts.append(f"{result['thinned']} thinned")
+    if result["marked"]:
+        parts.append(f"{result['marked']} marked")
     if result["taken"]:
         parts.append(f"stopped for {result['pause_ms'] / result['taken']:.1f} ms on average")
         parts.append(f"durable {result['lag_ms']:.0f} ms later ({result['longest_lag_ms']:.0f} at most)")

@@ -29,6 +29,7 @@ from podtree.pod.paths import make_in, open_in
 from podtree.pod.spec import PodSpec, Volume
 
 _OPAQUE = "trusted.overlay.opaque"  # overlayfs.rst: a directory that isn't merged with those below
+MARK = "/run/podtree/mark"
 HIDDEN = ".podtree"  # at the top of the volume: the unlinked files that a checkpoint keeps
 
 #: File systems of the host that are more than a window on the kernel; mounted elsewhere than on /, each is
@@ -380,6 +381,17 @@ def write_names(root: int, hostname: str) -> None:
             fd = open_in(root, path, flags, symlinks=False, mode=0o644)
             with open(fd, "w", encoding="ascii") as file:
                 file.write(text)
+
+
+def make_mark(root: int) -> None:
+    """Give a new pod the file that its programs write to when a moment is worth keeping; likewise."""
+    directory, _, _name = MARK.rpartition("/")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+    with contextlib.suppress(OSError, PodtreeError):
+        os.close(make_in(root, directory, directory=True, symlinks=False))
+        fd = open_in(root, MARK, flags, symlinks=False, mode=0o666)
+        os.fchmod(fd, 0o666)  # whoever they run as
+        os.close(fd)
 
 
 def _attach_on(

@@ -336,6 +336,13 @@ def checkpoint(
     return result
 
 
+def mark(pool: Pool, pod: PodRecord, text: str) -> dict[str, Any]:
+    """A checkpoint of a running pod for a moment worth keeping: `text` says why. As `checkpoint`."""
+    if as_text(text) != text or not text.strip():
+        raise UsageError(f"a mark needs a text, in UTF-8: {text}", 'podtree mark POD "before the upgrade"')
+    return call(pool, pod, "checkpoint", message=text, mark=True)
+
+
 def record(pool: Pool, pod: PodRecord, settings: Settings | None = None, *, off: bool = False) -> dict[str, Any]:
     """Have a running pod recorded from now on, or no longer; without both: how its recorder does.
 

@@ -159,11 +159,12 @@ def checkpoint(
     message: str = "",
     recorded: bool = False,
     captured: Callable[[dict[str, Any]], None] = lambda _told: None,
+    notes: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Save the pod. On any error nothing is left of the attempt and the pod goes on.
 
     `recorded`: it is the recorder's, who doesn't wait for other commands, and may be thinned. `captured` is called when
-    the pod runs on; what fails from then on is noted as lost.
+    the pod runs on; what fails from then on is noted as lost. `notes` go into its summary.
     """
     supervisor.running()
     draft = supervisor.pool.begin_checkpoint(supervisor.pod_id, 0 if recorded else LOCK_SECONDS)
@@ -173,7 +174,7 @@ def checkpoint(
             try:
                 summary: dict[str, Any] = supervisor.checkpointer.get().checkpoint(
                     draft, stop=stop, message=message, settle=supervisor.drain_output, reached=progress.reached,
-                    notes={"recorded": True} if recorded else {},
+                    notes={**({"recorded": True} if recorded else {}), **(notes or {})},
                 )  # fmt: skip
             except BaseException as error:
                 progress.failed(error)

@@ -29,6 +29,11 @@ class Timer:
     def __init__(self, call: Callback) -> None:
         self.call: Callback | None = call
 
+    @property
+    def pending(self) -> bool:
+        """Whether it is still to be called."""
+        return self.call is not None
+
     def cancel(self) -> None:
         self.call = None
 
@@ -91,8 +96,9 @@ class Loop:
                     call()
         while self._timers and self._timers[0][0] <= time.monotonic():
             timer = heapq.heappop(self._timers)[2]
-            if timer.call is not None:
-                timer.call()
+            call, timer.call = timer.call, None
+            if call is not None:
+                call()
 
 
 class Connection:

@@ -39,6 +39,7 @@ def launch_program(
 
     def in_builder(builder: Builder) -> None:
         containment.write_names(builder.root_fd, spec.hostname)
+        containment.make_mark(builder.root_fd)
         console = builder.ends[INIT].console
         if console is not None and size:
             tty.set_size(console, *size)

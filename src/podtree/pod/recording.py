@@ -10,10 +10,10 @@ import msgspec
 from podtree.errors import Conflict
 from podtree.pod import engine
 from podtree.pod.loop import Timer
-from podtree.pool.records import CheckpointId
+from podtree.pod.marks import MarkSources
+from podtree.pool.records import CheckpointId, Moment
 from podtree.recorder.recorder import Recorder
 from podtree.recorder.settings import Settings
-from podtree.recorder.thinning import Moment
 
 if TYPE_CHECKING:
     from podtree.pod.supervisor import Supervisor
@@ -24,6 +24,7 @@ class Recording:
 
     def __init__(self, supervisor: Supervisor) -> None:
         self._supervisor = supervisor
+        self._sources: MarkSources | None = None
 
     def later(self, seconds: float, call: Callable[[], object]) -> Timer:
         return self._supervisor.loop.later(seconds, call)
@@ -36,7 +37,20 @@ class Recording:
         checkpointer = self._supervisor.checkpointer
         return checkpointer is not None and checkpointer.untouched()
 
-    def record(self) -> dict[str, Any] | None:
+    def watch(self, mark: Callable[[str], None]) -> list[str]:
+        self.unwatch()
+        supervisor = self._supervisor
+        if supervisor.live is None:
+            return []
+        self._sources = MarkSources(supervisor.loop, supervisor.live, mark)
+        return self._sources.start()
+
+    def unwatch(self) -> None:
+        if self._sources is not None:
+            self._sources.stop()
+            self._sources = None
+
+    def record(self, message: str, notes: dict[str, Any]) -> dict[str, Any] | None:
         """None while a branch's memory is still coming in: the checkpoint would have to wait for it."""
         supervisor = self._supervisor
         if supervisor.live is None:
@@ -45,7 +59,7 @@ class Recording:
             supervisor.live.filling.hurry()
             return None
         try:
-            return engine.checkpoint(supervisor, recorded=True)
+            return engine.checkpoint(supervisor, recorded=True, message=message, notes=notes)
         finally:
             supervisor.tend()
 

@@ -220,6 +220,8 @@ class Supervisor:
             self._watch_filling(os.dup(live.filling.fileno()))
         if not noted:
             self._note_running(live)
+        if self.recorder is not None:  # rewound: what it watched is another pod's, so to speak
+            self.recorder.watch()
 
     def _watch_filling(self, fd: int) -> None:
         """`fd` becomes readable when all memory is there, or when that was waited for elsewhere."""
@@ -592,8 +594,9 @@ class Supervisor:
     def _do_checkpoint(self, client: Connection, message: dict[str, Any]) -> dict[str, Any] | None:
         """With `no_wait` the reply comes when it is captured; what becomes of it then is told by its state."""
         text = str(message.get("message", ""))
+        notes = {"mark": text} if message.get("mark") else {}
         if not message.get("no_wait"):
-            return engine.checkpoint(self, stop=bool(message.get("stop")), message=text)
+            return engine.checkpoint(self, stop=bool(message.get("stop")), message=text, notes=notes)
         told = False
 
         def captured(what: dict[str, Any]) -> None:
@@ -602,7 +605,7 @@ class Supervisor:
             client.send({"ok": {**what, "pod": self.name}})
 
         try:
-            engine.checkpoint(self, message=text, captured=captured)
+            engine.checkpoint(self, message=text, captured=captured, notes=notes)
         except Exception:
             if not told:
                 raise

@@ -32,6 +32,7 @@ from podtree.pool.records import (
     CheckpointId,
     CheckpointMeta,
     CheckpointRecord,
+    Moment,
     PodId,
     PodRecord,
     PodState,
@@ -536,15 +537,20 @@ class Pool:
         self._remove_directories(removed)
         return removed
 
-    def recorded(self, pod: PodId) -> list[tuple[int, CheckpointId]]:
-        """The pod's recorded checkpoints, with their time, that nobody has tagged or branched from."""
+    def recorded(self, pod: PodId) -> list[Moment]:
+        """The pod's recorded checkpoints that nobody has tagged or branched from."""
         found = self.index.rows(
-            "SELECT time_ns, id FROM checkpoints c WHERE pod = ? AND json_extract(summary, '$.recorded') "
+            "SELECT time_ns, id, CAST(json_extract(summary, '$.bytes_written') AS INTEGER), "
+            "json_extract(summary, '$.marked_before'), json_extract(summary, '$.mark') IS NOT NULL "
+            "FROM checkpoints c WHERE pod = ? AND json_extract(summary, '$.recorded') "
             "AND id NOT IN (SELECT checkpoint FROM tags) "
             "AND id NOT IN (SELECT parent FROM pods WHERE NOT removed AND parent IS NOT NULL)",
             pod,
         )
-        return [(row[0], CheckpointId(row[1])) for row in found]
+        return [
+            Moment(row[0], CheckpointId(row[1]), row[2] or 0, row[3] and CheckpointId(row[3]), bool(row[4]))
+            for row in found
+        ]
 
     def thin(self, checkpoints: Iterable[CheckpointId]) -> Removed:
         """Remove those of the checkpoints that nobody has tagged meanwhile; their descendants stay."""

@@ -6,7 +6,7 @@ import enum
 import hashlib
 import os
 from datetime import datetime
-from typing import Any, NewType
+from typing import Any, NamedTuple, NewType
 
 import msgspec
 
@@ -92,6 +92,18 @@ class CheckpointRecord(msgspec.Struct, frozen=True, kw_only=True):
     def ref(self) -> str:
         """The name a person knows it by: pod@number."""
         return f"{self.pod_name}@{self.number}"
+
+
+class Moment(NamedTuple):
+    """A recorded checkpoint: CLOCK_REALTIME in ns, id, bytes written. `marked`: it is worth keeping, and so is the one
+    `before`.
+    """
+
+    time_ns: int
+    id: CheckpointId
+    size: int = 0
+    before: CheckpointId | None = None
+    marked: bool = False
 
 
 class CheckpointMeta(msgspec.Struct, frozen=True, kw_only=True):

@@ -75,6 +75,7 @@ def pod_json(record: PodRecord) -> dict[str, Any]:
 def checkpoint_line(record: CheckpointRecord, pods: Iterable[PodRecord] = ()) -> str:
     """id, pod@number, (tags, pods that run on from here), time, size, message."""
     marks = [f"tag: {tag}" for tag in record.tags]
+    marks += ["mark"] if "mark" in record.summary else []
     marks += [f"{pod.name}: {pod.state}" for pod in pods]
     parts = [record.id, record.ref]
     if marks:
