@@ -18,6 +18,8 @@ _VERBS = {
     "attach": "Attach this terminal to a pod.",
     "logs": "Show what a pod has written.",
     "ps": "List pods.",
+    "top": "Watch pods and their checkpoints.",
+    "metrics": "Tell Prometheus of running pods.",
     "stop": "Stop pods: SIGTERM, then SIGKILL.",
     "kill": "Send pods a signal.",
     "wait": "Wait for pods to end; print their exit codes.",

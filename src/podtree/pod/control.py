@@ -10,7 +10,8 @@ import socket
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +19,7 @@ import msgspec
 
 from podtree.errors import Conflict, Damaged, NotFound, PodtreeError, Problem, UsageError, as_text
 from podtree.pod import keeper, nursery, wire
+from podtree.pod import metrics as counted
 from podtree.pod import spec as specs
 from podtree.pod.dirs import PodDirs
 from podtree.pod.keeper import CONTROL
@@ -349,6 +351,20 @@ def record(pool: Pool, pod: PodRecord, settings: Settings | None = None, *, off:
     Raises Conflict when it isn't recorded.
     """
     return call(pool, pod, "record", settings=msgspec.to_builtins(settings), off=off)
+
+
+def metrics(pool: Pool, refs: Iterable[str] = ()) -> list[dict[str, Any]]:
+    """What the supervisors of running pods (all, or those named) have counted."""
+    pods = [pool.pod(ref) for ref in refs] or pool.pods()
+    calls = [partial(call, pool, pod, "metrics") for pod in pods if pod.is_running]
+    return list(counted.gather(calls))
+
+
+def metrics_text(pool: Pool, refs: Iterable[str] = ()) -> bytes:
+    """The same for Prometheus, with the pool's room."""
+    info = pool.info()
+    room = {"size": info.size, "used": info.used, "free": info.free}
+    return counted.exposition(metrics(pool, refs), room)
 
 
 def check(pool: Pool, pod: PodRecord) -> list[Problem]:

@@ -170,7 +170,7 @@ def checkpoint(
     draft = supervisor.pool.begin_checkpoint(supervisor.pod_id, 0 if recorded else LOCK_SECONDS)
     progress = _Progress(supervisor, draft, message, captured)
     try:
-        with supervisor.pool.lock_pod(supervisor.pod_id):
+        with supervisor.pool.lock_pod(supervisor.pod_id), supervisor.tally.counted():
             try:
                 summary: dict[str, Any] = supervisor.checkpointer.get().checkpoint(
                     draft, stop=stop, message=message, settle=supervisor.drain_output, reached=progress.reached,
@@ -186,6 +186,7 @@ def checkpoint(
         supervisor.final_state = PodState.STOPPED
     record = supervisor.pool.checkpoint(draft.id)
     summary["lag_ms"] = round((time.monotonic() - progress.since) * 1e3, 3)
+    supervisor.tally.durable(summary)
     return {**summary, "id": record.id, "pod": record.pod_name, "number": record.number, "state": State.DURABLE.value}
 
 

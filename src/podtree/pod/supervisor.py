@@ -21,7 +21,7 @@ import msgspec
 
 from podtree.errors import Conflict, PodtreeError, UsageError
 from podtree.kernel.pidfd import has_ended, pidfd_open, pidfd_send_signal
-from podtree.pod import cgroup, engine, hop, keeper, nursery, recording, rewinding, seccomp, wire
+from podtree.pod import cgroup, engine, hop, keeper, metrics, nursery, recording, rewinding, seccomp, wire
 from podtree.pod.attached import Attachments
 from podtree.pod.branching import Branch
 from podtree.pod.cgroup import Cgroup
@@ -97,6 +97,7 @@ class Supervisor:
         self._finished = False
         self._tending: Timer | None = None
         self.ahead = Ahead(self)
+        self.tally = metrics.Tally()
 
     # ---- beginning
 
@@ -626,6 +627,17 @@ class Supervisor:
             self._tell_state()
         return recording.describe(self.recorder)
 
+    def _do_metrics(self, client: Connection, message: dict[str, Any]) -> dict[str, Any]:
+        live = self.running()
+        return {
+            "pod": self.pool.pod(self.pod_id).name,
+            "id": self.pod_id,
+            "tally": msgspec.to_builtins(self.tally),
+            "interval": self.recorder.settings.every_ns / 1e9 if self.recorder is not None else 0.0,
+            "processes": len(live.pids()),
+            **metrics.of_process(os.getpid()),
+        }
+
     def _do_check(self, client: Connection, message: dict[str, Any]) -> dict[str, Any]:
         return {"problems": [msgspec.to_builtins(p) for p in engine.check(self)]}
 
@@ -803,6 +815,7 @@ _REQUESTS: dict[str, _Request] = {
     "exec": Supervisor._do_exec,
     "checkpoint": Supervisor._do_checkpoint,
     "record": Supervisor._do_record,
+    "metrics": Supervisor._do_metrics,
     "check": Supervisor._do_check,
     "look": Supervisor._do_look,
     "rewind": Supervisor._do_rewind,
