@@ -2,8 +2,9 @@
 #
 #   make demo      the main job on real programs, narrated, in under a minute after set-up
 #   make test      the whole test suite, real programs included
-#   make torture   kill the supervisor many more times than `make test` does (TORTURE=number),
-#                  and grow random process trees for much longer (SECONDS=number)
+#   make torture   kill the supervisor and cut the power many more times than `make test` does (TORTURE=number),
+#                  grow random process trees and record for much longer (SECONDS=number), run all pairs of verbs at once,
+#                  fail a disk at every write, make up exports
 #   make bench     measure podtree on this machine, see docs/bench.md (BENCH="--case NAME --rounds N --json FILE")
 #   make check     lint and types
 #   make install   only what it takes for .venv/bin/podtree to work
@@ -42,8 +43,9 @@ test: test-setup
 	@$(PYTEST) $(TESTS)
 
 torture: test-setup
-	@PODTREE_TORTURE=$(TORTURE) PODTREE_RANDOM_SECONDS=$(SECONDS) \
-		$(PYTEST) tests/torture tests/test_random_trees.py --timeout 0 -o session_timeout=0
+	@PODTREE_TORTURE=$(TORTURE) PODTREE_RANDOM_SECONDS=$(SECONDS) PODTREE_RECORD_SECONDS=$(SECONDS) \
+		PODTREE_CUTS=$(TORTURE) PODTREE_FAILURES=100 PODTREE_FUZZ=10000 PODTREE_PAIRS=1000 \
+		$(PYTEST) tests/torture tests/test_random_trees.py tests/test_transfer_fuzz.py --timeout 0 -o session_timeout=0
 
 bench: $(VENV)/.bench
 	@scripts/packages.sh bench
