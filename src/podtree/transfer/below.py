@@ -19,6 +19,7 @@ from podtree.diff.files import trees
 from podtree.diff.overlay import Entry, Parts, Tree
 from podtree.errors import Conflict, Unsupported
 from podtree.image.manifest import Manifest
+from podtree.kernel import fdops
 from podtree.kernel.below import open_below
 from podtree.kernel.mount import clone_tree
 from podtree.objects.files import RegularFile
@@ -126,10 +127,11 @@ def check(below: Below, vol: Path, root: Path, home: Path, *, rooted: bool) -> N
     (`rooted`), in the host's further file systems. `home`: of the pool.
     """
     here = [] if rooted else submounts(home)
-    missing = [point for point in written_points(vol) if point not in here]
+    used = {file.point for file in below.used if file.point}
+    missing = sorted(point for point in {*written_points(vol), *used} if point not in here)
     if missing:
         raise Unsupported(
-            f"the pod has written to {', '.join(missing)}: file systems that aren't mounted here",
+            f"the pod has used {', '.join(missing)}: file systems that aren't mounted here",
             "mount them, with the same files",
         )
     covered = list(_covered(vol, [point for point in here if point not in below.points]))
@@ -168,13 +170,17 @@ def _wrong(used: Iterable[UsedFile], root: Path) -> Iterator[str]:
 
 def _compare(top: int, file: UsedFile) -> str:
     try:
-        fd = open_below(top, os.fsdecode(path_bytes(file.path)).split("/"), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        place = open_below(top, os.fsdecode(path_bytes(file.path)).split("/"), os.O_PATH | os.O_NOFOLLOW)
     except OSError as error:
         return f"can't be opened ({os.strerror(error.errno or 0)})"
     try:
-        info = os.fstat(fd)
-        if not stat.S_ISREG(info.st_mode):
+        if not stat.S_ISREG(os.fstat(place).st_mode):  # to open a device may do something already
             return "is no plain file"
+        fd = fdops.reopen(place, os.O_RDONLY)
+    finally:
+        os.close(place)
+    try:
+        info = os.fstat(fd)
         if info.st_size != file.size:
             return f"has {info.st_size} bytes instead of {file.size}"
         if info.st_mtime_ns != file.mtime:

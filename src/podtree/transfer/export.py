@@ -38,6 +38,7 @@ from podtree.transfer.schema import (
     Parts,
     Since,
     Trees,
+    UsedFile,
     compress,
     content_digest,
 )
@@ -95,12 +96,14 @@ def export(
         _verify(place, meta, record)
         lower = Path(meta.spec.get("rootfs") or "/")
         used = below.used_files(place / "vol", lower, _manifest(place / "img"))
+        if with_base:
+            _refuse_points(place / "vol", used)
         known, told = _known(scope.enter_context(held(pool, since)), since) if since is not None else (Finder(()), None)
         writer = Writer(out)
         packer = Packer(writer, known.digests)
         vol, vol_digest = _read("vol", place / "vol", packer, own_only)
         img, img_digest = _read("img", place / "img", packer)
-        base, base_digest = _read_base(pool, lower, place / "vol", packer) if with_base else ((), "")
+        base, base_digest = _read_base(pool, lower, packer) if with_base else ((), "")
         chunks = packer.finish()
         trees = writer.blob(TREES_TYPE, compress(msgspec.msgpack.encode(Trees(vol=vol, img=img, base=base))))
         config = Config(
@@ -193,14 +196,18 @@ def checkpoint_digest(place: Path, finder: Finder) -> str:
     return content_digest(*found)
 
 
-def _read_base(pool: Pool, lower: Path, vol: Path, packer: Packer) -> tuple[tuple[Entry, ...], str]:
-    """All that lies below the pod, but for the pool; without what is mounted there."""
-    written = below.written_points(vol)
-    if written:
+def _refuse_points(vol: Path, used: list[UsedFile]) -> None:
+    """A carried base is one tree, over which the pod's writes to further file systems could not lie."""
+    points = sorted({*below.written_points(vol), *(file.point for file in used if file.point)})
+    if points:
         raise PodtreeError(
-            f"cannot export with the base: the pod has written to {', '.join(written)}, file systems of their own",
+            f"cannot export with the base: the pod has used {', '.join(points)}, file systems of their own",
             "export without --with-base, for a machine that has the same ones",
         )
+
+
+def _read_base(pool: Pool, lower: Path, packer: Packer) -> tuple[tuple[Entry, ...], str]:
+    """All that lies below the pod, but for the pool; without what is mounted there."""
     fd = clone_tree(str(lower))
     try:
         reader = TreeReader("base", fd, packer, _without(pool.home, lower), living=True)

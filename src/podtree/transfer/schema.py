@@ -20,6 +20,7 @@ import zstandard
 from blake3 import blake3
 
 from podtree.errors import Damaged, PodtreeError
+from podtree.objects import files
 from podtree.objects.held import path_bytes, path_text
 from podtree.pool.records import ID_DIGITS
 
@@ -46,6 +47,7 @@ _MAX_WINDOW = 1 << 27
 _LAST_NS = (1 << 63) - 1
 _NO_ID = (1 << 32) - 1
 
+HIDDEN = os.fsdecode(files.HIDDEN)
 TOP = "."  # the path of a tree's own directory
 KINDS = {stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK, stat.S_IFIFO, stat.S_IFSOCK, stat.S_IFCHR, stat.S_IFBLK}
 XATTRS = ("user.", "security.", "system.posix_acl_", "trusted.overlay.")  # all that are carried
@@ -207,7 +209,9 @@ def check_config(config: Config) -> Config:
     _expect(all(re.fullmatch("[0-9a-f]{64}", text) for text in digests), "a digest that is none")
     _expect(all(count > 0 for count in config.packs) and sum(config.packs) == config.own, "its packs don't add up")
     _expect(config.foreign >= 0 and (config.since is not None or not config.foreign), "chunks of nowhere")
+    _expect(all(isinstance(value, str | int | float | None) for value in config.summary.values()), "its summary")
     for file in config.below.used:
+        _expect(file.point in ("", *config.below.points), "a file below of nowhere")
         _expect(len(file.digest) == DIGEST and file.size >= 0, "a file below the pod that can't be")
         _checked_parts(file.path)
     _expect(all(point.startswith("/") and _checked_parts(point[1:]) for point in config.below.points), "a mount point")
@@ -241,6 +245,26 @@ def _check_tree(name: str, entries: tuple[Entry, ...]) -> None:
             _expect(kinds.get(entry.same_as, 0) == entry.kind != stat.S_IFDIR, f"{name}/{entry.path} is a link to none")
         kinds[entry.path] = entry.kind
         _check_entry(name, entry)
+        _expect(_belongs(name, entry), f"{name}/{entry.path} has no place there")
+
+
+def _belongs(tree: str, entry: Entry) -> bool:
+    """Whether a volume or an image has such a thing in such a place. What the pod's programs see is theirs alone; the
+    rest is opened by us, on the host, so there must be no link or device in it.
+    """
+    parts = entry.parts
+    if tree == "base" or not parts:
+        return True
+    if tree == "img":
+        return entry.kind in (stat.S_IFREG, stat.S_IFDIR) and not entry.same_as
+    if parts == ("log",):
+        return entry.kind == stat.S_IFREG and not entry.same_as
+    place = parts[2:] if parts[0] == "mounts" else parts
+    if len(place) <= 1:
+        return entry.kind == stat.S_IFDIR and place in ((), ("upper",))
+    if place[:2] != ("upper", HIDDEN):
+        return place[0] == "upper"
+    return entry.kind == (stat.S_IFDIR if len(place) == 2 else stat.S_IFREG) and len(place) <= 3
 
 
 def _check_entry(name: str, entry: Entry) -> None:
