@@ -51,6 +51,7 @@ class FaultyDisk:
         self.start, self._disk, self._log = place / "start", place / "disk", place / "log"
         self._control = mmap.mmap(-1, mmap.PAGESIZE)
         self._pid = 0
+        self._read: list[Event] = []
 
     def mount(self) -> None:
         for copy in (self.start, self._disk):
@@ -85,8 +86,13 @@ class FaultyDisk:
         """All writes fail with that errno once `after` more have been made; 0: none."""
         struct.pack_into("=II", self._control, 0, code, after)
 
-    def events(self) -> Iterator[Event]:
+    def events(self) -> list[Event]:
         """All that has happened, in order."""
+        if not self._read or self._read[-1].end < self.position:
+            self._read = list(self._events())
+        return self._read
+
+    def _events(self) -> Iterator[Event]:
         end = 0
         with open(self._log, "rb") as file:
             while head := file.read(_RECORD.size):
