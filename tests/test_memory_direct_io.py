@@ -44,7 +44,7 @@ def disk() -> Iterator[tuple[Path, Path]]:
 def start_slow(podtree: Podtree, case: str, disk: tuple[Path, Path]) -> Pod:
     """A pod with a case of direct_io.py, for which the disk is slow."""
     data, group = disk
-    pod = start(podtree, "direct_io.py", case, name="direct", options=("-v", f"{data}:/data"))
+    pod = start(podtree, "direct_io.py", case, name="direct", options=("-v", f"{data}:/data", "--external", "keep"))
     (group / "cgroup.procs").write_text(str(pod.info()["pid"]))
     (data / "slow").touch()
     pod.wait_log("SLOW", 60)

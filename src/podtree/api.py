@@ -28,6 +28,7 @@ from typing import Any, BinaryIO
 import msgspec
 
 from podtree.errors import Conflict, Problem, UsageError
+from podtree.objects.external import policy
 from podtree.pod import control, rootfs
 from podtree.pod import spec as specs
 from podtree.pod.spec import PodSpec, StdioMode
@@ -80,10 +81,12 @@ class Pool:
         cpus: float | None = None,
         pids: int | None = None,
         auto_remove: bool = False,
+        external: str | None = None,
         every: str | None = None,
     ) -> Pod:
         """A new pod in the background. `volumes` as -v's arguments, `memory` in bytes or like "512m".
 
+        `external`: what becomes, in its checkpoints, of what it shares with the outside: "refuse", "keep" or "close".
         `every`: the pod is recorded from its beginning, see Pod.start_recording.
         """
         stdio: StdioMode = "tty" if tty else "pipes" if interactive else "log"
@@ -101,6 +104,7 @@ class Pool:
             cpus=cpus,
             pids=pids,
             auto_remove=auto_remove,
+            external=policy(external) or "refuse",
         )
         recorded = None if every is None else recorder.make(every)
         result = control.run(self.store, name, spec, spawn=True, recorded=recorded)
@@ -223,14 +227,21 @@ class Pod:
         return int(result["pid"])
 
     def checkpoint(
-        self, message: str = "", *, stop: bool = False, tag: str | None = None, wait: bool = True
+        self,
+        message: str = "",
+        *,
+        stop: bool = False,
+        tag: str | None = None,
+        wait: bool = True,
+        external: str | None = None,
     ) -> Checkpoint:
         """Save it. Raises Refused, with the problems, when something in it can't be saved.
 
         Without `wait` it is only captured on return; see Checkpoint.state and Checkpoint.wait.
+        `external`: what becomes of what it shares with the outside: "refuse", "keep" or "close"; None: as it was run.
         """
         result = control.checkpoint(
-            self.pool.store, self.record, message=message, stop=stop, tag=tag, no_wait=not wait
+            self.pool.store, self.record, message=message, stop=stop, tag=tag, no_wait=not wait, external=external
         )
         return Checkpoint(self.pool, CheckpointId(result["id"]))
 
@@ -255,11 +266,12 @@ class Pod:
         daily: int | None = None,
         marks: int | None = None,
         max_size: str | None = None,
+        external: str | None = None,
     ) -> None:
         """Take a checkpoint every so often, from now on. The words are those of `podtree record`."""
         settings = recorder.make(
             every, budget, last=last, within=within, minutely=minutely, hourly=hourly, daily=daily, marks=marks,
-            max_size=max_size,
+            max_size=max_size, external=external,
         )
         control.record(self.pool.store, self.record, settings)
 
@@ -275,9 +287,9 @@ class Pod:
         """The reverse of `start_recording`; what was recorded stays."""
         control.record(self.pool.store, self.record, off=True)
 
-    def check(self) -> list[Problem]:
-        """What would keep a checkpoint from working now."""
-        return control.check(self.pool.store, self.record)
+    def check(self, *, external: str | None = None) -> list[Problem]:
+        """What would keep a checkpoint from working now. `external` as in `checkpoint`."""
+        return control.check(self.pool.store, self.record, external=external)
 
     def rewind(self, to: Checkpoint | str) -> None:
         """Put it back, in place."""

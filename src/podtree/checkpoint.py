@@ -33,7 +33,7 @@ from podtree.kernel import mm, procfs
 from podtree.kernel.pageruns import Run, merge_runs, subtract_runs
 from podtree.kernel.sys import PAGE_SIZE
 from podtree.mapcache import MapCache
-from podtree.objects import aio, descriptors, inotify, insight, memory, socketcommon, sockets, sysvipc
+from podtree.objects import aio, descriptors, external, inotify, insight, memory, socketcommon, sockets, sysvipc
 from podtree.objects.contents import Contents
 from podtree.objects.context import CollectContext
 from podtree.objects.descriptors import FileTable
@@ -96,6 +96,7 @@ class Checkpointer:
     def __init__(self, live: LivePod) -> None:
         self.live = live
         self._trackers: dict[int, Tracker] = {}  # by pid inside the pod
+        self._external = live.spec.external
         self._freezer = Freezer(live.pids)
         self._maps = MapCache()
         self._buffer: mmap.mmap | None = None
@@ -109,11 +110,14 @@ class Checkpointer:
 
     # --- the verbs
 
-    def check(self) -> list[Problem]:
+    def check(self, shared: external.Policy | None = None) -> list[Problem]:
         """What would keep a checkpoint from working now. Stops the pod for a moment, writes nothing.
+
+        `shared` as in `checkpoint`.
 
         What passes by itself is given the same time to pass as by `checkpoint`.
         """
+        self._external = shared or self.live.spec.external
         pauses = iter(RETRY_PAUSES_S)
         while True:
             problems = self._check()
@@ -147,17 +151,20 @@ class Checkpointer:
         settle: Callable[[], None] = lambda: None,
         reached: Callable[[State, float], None] = lambda _state, _pause_s: None,
         notes: dict[str, Any] | None = None,
+        shared: external.Policy | None = None,
     ) -> dict[str, Any]:
         """Take one checkpoint, durable on return. With `stop` the pod is ended once that is so.
 
         `settle` is called when the pod is stopped, right before the volume's snapshot: what the supervisor
         holds of the pod's output has to be in the log by then. Without `commit` the draft is left complete
         but uncommitted, for a look at it. `notes` go into the summary. `reached` is told when it is captured and when
-        it is written, and for how long the pod was stopped, in seconds.
+        it is written, and for how long the pod was stopped, in seconds. `shared`: what becomes of what is shared with
+        the outside of the pod; None: as the pod's spec says.
 
         Returns the summary. Raises Refused when something can't be saved; nothing was written then.
         """
         begun = time.monotonic()
+        self._external = shared or self.live.spec.external
         draft.flush_volume()
         self._precopied = 0
         self._precopy()
@@ -357,6 +364,8 @@ class Checkpointer:
             stdio_fds=tuple(-1 if fd is None else fd for ends in live.stdio.values() for fd in ends.pipes),
             clock_offset_ns=live.clock.monotonic_ns,
             dry_run=dry_run,
+            external=self._external,
+            shown=tuple(os.fsencode(volume.target) for volume in live.spec.volumes),
             on_hold=live.cgroup.hold,
             on_let_go=live.cgroup.let_go,
         )

@@ -13,12 +13,13 @@ from podtree.pod import control
 
 
 @click.command("check")
+@common.external_option
 @common.json_option
 @click.argument("ref", metavar="POD")
-def command(as_json: bool, ref: str) -> None:
+def command(external: str | None, as_json: bool, ref: str) -> None:
     """Tell whether a checkpoint would work now; if not: which process, which object, why, what to do."""
     pool = common.open_pool()
-    problems = control.check(pool, pool.pod(ref))
+    problems = control.check(pool, pool.pod(ref), external=external)
     if as_json:
         common.print_json({"ok": not problems, "problems": [msgspec.to_builtins(p) for p in problems]})
     else:

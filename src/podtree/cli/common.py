@@ -37,6 +37,11 @@ def json_flag(help_text: str) -> Callable[[Callable[..., Any]], Callable[..., An
 
 
 json_option = json_flag("Print JSON instead.")
+external_option = click.option(
+    "--external",
+    metavar="POLICY",
+    help="What is shared with the outside of the pod: refuse to save it, close it in a branch, or keep it [refuse].",
+)
 
 
 class ProgramCommand(click.Command):

@@ -47,6 +47,7 @@ def recorder_settings(options: dict[str, Any]) -> Settings | None:
 
 @click.command("record")
 @recording_options
+@common.external_option
 @click.option("--off", is_flag=True, help="No more checkpoints; those there are stay.")
 @common.json_option
 @click.argument("ref", metavar="POD")

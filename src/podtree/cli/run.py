@@ -9,6 +9,7 @@ import click
 
 from podtree.cli import common, proxy
 from podtree.cli.record import recorder_settings, recording_options
+from podtree.objects.external import policy
 from podtree.pod import control, rootfs
 from podtree.pod import spec as specs
 from podtree.pod.spec import PodSpec, StdioMode
@@ -31,6 +32,7 @@ from podtree.recorder.settings import Settings
 @click.option("--cpus", type=float, metavar="N", help="At most this many CPUs: 1.5.")
 @click.option("--pids", type=int, metavar="N", help="At most this many tasks [half of the machine's].")
 @click.option("--rm", "remove", is_flag=True, help="Remove the pod when it ends, unless it has checkpoints.")
+@common.external_option
 @click.option("--detach-keys", default=specs.DEFAULT_DETACH_KEYS, show_default=True, metavar="KEYS")
 @recording_options
 @common.json_option
@@ -50,6 +52,7 @@ def command(
     cpus: float | None,
     pids: int | None,
     remove: bool,
+    external: str | None,
     detach_keys: str,
     as_json: bool,
     argv: tuple[str, ...],
@@ -80,6 +83,7 @@ def command(
         cpus=cpus,
         pids=pids,
         auto_remove=remove,
+        external=policy(external) or "refuse",
     )
     size = common.terminal_size() if stdio == "tty" else None
     if detach:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import fcntl
 import os
 import socket
 import struct
@@ -22,6 +23,7 @@ NLM_F_DUMP = 0x300
 NLMSG_ERROR = 2
 NLMSG_DONE = 3
 CLONE_NEWNET = 0x40000000
+SIOCGSKNS = 0x894C  # linux/sockios.h: a descriptor of a socket's network namespace
 SO_NETNS_COOKIE = 71
 INET_DIAG_NOCOOKIE = 0xFFFFFFFF
 
@@ -247,9 +249,12 @@ class NetworkNamespace:
     no process has to be made.
     """
 
-    def __init__(self, pid: int) -> None:
-        """`pid` in the caller's pid namespace."""
-        self._fd = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    def __init__(self, of: int | socket.socket) -> None:
+        """That of a process (its number in the caller's pid namespace) or of a socket."""
+        if isinstance(of, int):
+            self._fd = os.open(f"/proc/{of}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+        else:
+            self._fd = fcntl.ioctl(of, SIOCGSKNS)
         self.ino = os.fstat(self._fd).st_ino
         self.diag = DiagSocket(self.socket(socket.AF_NETLINK, socket.SOCK_DGRAM, NETLINK_SOCK_DIAG))
 

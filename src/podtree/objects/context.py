@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from podtree.errors import Problem
 from podtree.kernel.ptrace import Regs
+from podtree.objects import external
 from podtree.objects.tables import Sharing
 
 if TYPE_CHECKING:
@@ -72,6 +73,8 @@ class CollectContext:
     stdio_fds: tuple[int, ...] = ()  # the supervisor's ends of stdio pipes, three per process tree; -1: none
     clock_offset_ns: int = 0  # the pod's CLOCK_MONOTONIC less ours
     dry_run: bool = False  # `check`: look, but write nothing (no ghosts)
+    external: external.Policy = "refuse"  # what becomes of what is shared with the outside
+    shown: tuple[bytes, ...] = ()  # where -v shows something of the host, in the pod
     problems: list[Problem] = field(default_factory=list)
     on_hold: Callable[[], None] = lambda: None  # the pod stays stopped from here on even if the supervisor dies
     on_let_go: Callable[[], None] = lambda: None  # the reverse

@@ -178,6 +178,8 @@ class FileTable:
     def _register(self, held: Held) -> Held:
         held.id = len(self.all)
         self.all.append(held)
+        if held.writable and held.kind == stat.S_IFREG:
+            self.ghosts.written.add(held.inode)
         return held
 
     def _unify(self, held: Held) -> Held:

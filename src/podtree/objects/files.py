@@ -19,6 +19,7 @@ import msgspec
 
 from podtree.errors import Damaged, RestoreFailed
 from podtree.kernel import fdops
+from podtree.objects import external
 from podtree.objects.context import CollectContext, RestoreContext
 from podtree.objects.held import PSEUDO, Held, PodView, former_name, path_bytes, path_text
 from podtree.objects.scratch import kept_times, temporary_name
@@ -93,12 +94,16 @@ class GhostKeeper:
         self.ctx = ctx
         self.view = view
         self.made: dict[tuple[int, int], tuple[str, bool]] = {}  # inode -> name, linked
+        self.written: set[tuple[int, int]] = set()  # inodes of regular files that the pod has open for writing
 
-    def save(self, held: Held) -> Ghost:
-        """The ghost of an inode that has no usable name; OSError if it can't be made."""
+    def save(self, held: Held, *, apart: bool = False) -> Ghost:
+        """The ghost of an inode that has no usable name; OSError if it can't be made.
+
+        `apart`: a copy, whatever names the inode has.
+        """
         if held.inode not in self.made:
             name = f"g{len(self.made)}"
-            linked = held.stat.st_nlink > 0
+            linked = held.stat.st_nlink > 0 and not apart
             if not self.ctx.dry_run:
                 if not self.made:  # only then: whoever watches / sees us look for them
                     make_hidden_directory(self.ctx.root_fd)
@@ -222,9 +227,11 @@ def collect_file(held: Held, ctx: CollectContext, view: PodView, ghosts: GhostKe
     if held.inode == view.log:
         return LogFile()
     where = view.mount_of(held)
-    if where is None:
-        held.refuse(ctx, "it was opened outside of the pod's mounts", "close it, or bind its directory with -v")
-        return None
+    if where is None or (held.inode in ghosts.written and view.shown(where)):
+        policy = _sharing(held, where is None, ctx)
+        if policy != "keep":
+            return _save_ghost(held, ctx, ghosts, apart=True) if policy == "close" else None
+    assert where is not None
     if where.fstype in PSEUDO - {"sysfs", "mqueue"} and held.kind != stat.S_IFDIR:
         hint = "close it, or try again if it is only open for a moment"
         held.refuse(ctx, f"an open file of {where.fstype} can't be saved", hint)
@@ -244,10 +251,24 @@ def collect_file(held: Held, ctx: CollectContext, view: PodView, ghosts: GhostKe
     if held.stat.st_nlink and not view.on_volume(where):
         held.refuse(ctx, "the name it was opened by is gone, and its other names are unknown", "close it")
         return None
+    return _save_ghost(held, ctx, ghosts)
+
+
+def _sharing(held: Held, strange: bool, ctx: CollectContext) -> external.Policy:
+    """What is done with a file of the host's: `strange` to the pod's mounts, or open for writing where -v shows it."""
+    regular = held.kind == stat.S_IFREG and not held.flags & os.O_PATH
+    copy = "a branch has a copy of it, as it is now" if regular else ""
+    if strange:
+        return held.external(ctx, "it was opened outside of the pod's mounts", close=copy)
+    reason = "a file on a writable directory of the host (-v) is open for writing: a branch would write to it, too"
+    return held.external(ctx, reason, close=copy, keep="a branch opens the same file, as it is then")
+
+
+def _save_ghost(held: Held, ctx: CollectContext, ghosts: GhostKeeper, *, apart: bool = False) -> Ghost | None:
     try:
-        return ghosts.save(held)
+        return ghosts.save(held, apart=apart)
     except OSError as error:
-        held.refuse(ctx, f"the unlinked file can't be kept: {error}", "see that the pool has space")
+        held.refuse(ctx, f"the file can't be copied: {error}", "see that the pool has space")
         return None
 
 

@@ -15,7 +15,9 @@ from podtree.errors import Damaged
 from podtree.kernel import mount, procfs
 from podtree.kernel.fdinfo import FdInfo
 from podtree.kernel.mountinfo import Mount, mounts_of
+from podtree.objects import external
 from podtree.objects.context import CollectContext, FrozenProcess
+from podtree.objects.external import Policy
 
 TREE_ROOT = "."  # a tree's own root, where paths are relative to it
 DELETED = b" (deleted)"  # what d_path() puts after the name of an unlinked file
@@ -119,6 +121,12 @@ class Held:
         """Name it as what can't be saved."""
         ctx.refuse(self.process, self.display, reason, hint)
 
+    def external(self, ctx: CollectContext, reason: str, *, keep: str = "", close: str = "") -> Policy:
+        """What is done with it, which is shared with the outside of the pod: see external.settle."""
+        return external.settle(
+            ctx.external, lambda why, hint: self.refuse(ctx, why, hint), reason, keep=keep, close=close
+        )
+
 
 class PodView:
     """The pod's mounts and paths, seen from outside while it is frozen."""
@@ -127,6 +135,7 @@ class PodView:
         first = next(p.living for p in ctx.processes if not p.zombie)
         self.mounts = mounts_of(first)
         self.volume_device = os.fstat(ctx.root_fd).st_dev
+        self._shown = ctx.shown
         self.root = os.open(f"/proc/{first}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         self._found: dict[bytes, os.stat_result | None] = {}  # nothing moves while the pod is frozen
         self._tmpfs_names: dict[int, dict[int, bytes]] = {}  # device -> inode -> a path
@@ -151,6 +160,10 @@ class PodView:
     def on_own_tmpfs(self, where: Mount | None) -> bool:
         """A tmpfs that is the pod's alone, not one of the host that is shown by -v."""
         return where is not None and where.fstype == "tmpfs" and os.fsdecode(where.point) in OWN_TMPFS
+
+    def shown(self, where: Mount | None) -> bool:
+        """A place of the host's that `-v` shows."""
+        return where is not None and any(where.point == p or where.point.startswith(p + b"/") for p in self._shown)
 
     def lookup(self, path: bytes) -> os.stat_result | None:
         """What is at an absolute path of the pod now; a symbolic link at its end is not followed."""

@@ -3,8 +3,9 @@
 The contents are duplicated with tee(2), which consumes nothing. A pipe is one kernel object with many open file
 descriptions; what belongs to the pipe (its bytes) is saved with the first of them.
 
-The far ends of the pod's standard input and output are held by the supervisor; any other pipe that somebody outside
-of the pod holds is refused: poll(2) tells it, because an end that nobody has would show as POLLHUP or POLLERR.
+The far ends of the pod's standard input and output are held by the supervisor. Any other pipe that somebody outside
+of the pod holds is external: poll(2) tells it, because an end that nobody has would show as POLLHUP or POLLERR. So is a
+FIFO on a directory shown by -v, which anybody may have open. Cut off, either is a pipe with only the pod's ends.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import msgspec
 from podtree.errors import RestoreFailed
 from podtree.kernel import fdops
 from podtree.kernel.sys import NR, syscall
+from podtree.objects import external
 from podtree.objects.context import CollectContext, RestoreContext
 from podtree.objects.held import Held, PodView, former_name, path_bytes, path_text
 from podtree.objects.scratch import temporary_name
@@ -38,7 +40,8 @@ class Pipe(msgspec.Struct, frozen=True, tag="pipe"):
     """One end (or both: O_RDWR) of a pipe or FIFO. `key` is the same for all ends of a pipe.
 
     `path` is empty for an anonymous pipe; `unlinked` says that a FIFO's name was gone. `hangup`: a FIFO's reader
-    that has seen its last writer go (POLLHUP), as against one still waiting for its first.
+    that has seen its last writer go (POLLHUP), as against one still waiting for its first. `external`: a FIFO that is
+    shared with others, to be opened as it is.
     """
 
     key: str
@@ -50,6 +53,7 @@ class Pipe(msgspec.Struct, frozen=True, tag="pipe"):
     path: str = ""
     unlinked: bool = False
     hangup: bool = True
+    external: bool = False
 
 
 class StdioPipe(msgspec.Struct, frozen=True, tag="stdio"):
@@ -95,10 +99,15 @@ def _collect_stdio(index: int, ends: list[Held], ctx: CollectContext) -> dict[in
 def _collect_pipe(ends: list[Held], ctx: CollectContext, view: PodView) -> dict[int, Pipe | StdioPipe]:
     first = ends[0]
     named = not first.link.startswith(b"pipe:")
-    if named and not _fifo_is_ours(first, ctx, view):
+    shared = _sharing(ends, named, ctx, view)
+    if shared == "refuse":
         return {}
-    if not named and _held_outside(ends, ctx):
-        return {}
+    if shared == "close":
+        named = False
+    if shared == "keep":
+        path = path_text(first.link)
+        state = Pipe(first.link.hex(), 0, 0, 0, 0, path=path, external=True)
+        return {end.id: state for end in ends}
     name = view.current_name(first) if named else None
     path = "" if not named else path_text(name or former_name(first.link))
     state = Pipe(
@@ -135,28 +144,37 @@ def _poll(fd: int) -> int:
     return next((events for _, events in poll.poll(0)), 0)
 
 
-def _held_outside(ends: list[Held], ctx: CollectContext) -> bool:
-    """Refuse a pipe whose other end somebody outside of the pod has."""
+def _sharing(ends: list[Held], named: bool, ctx: CollectContext, view: PodView) -> external.Policy | None:
+    """What is done with a pipe that is shared with the outside; None: it isn't."""
+    if not named:
+        return _held_outside(ends, ctx)
+    return None if _fifo_is_ours(ends[0], view) else _shared_fifo(ends[0], ctx, view)
+
+
+def _held_outside(ends: list[Held], ctx: CollectContext) -> external.Policy | None:
     missing = None
     if not any(e.writable for e in ends) and not _poll(ends[0].fd) & select.POLLHUP:
         missing = "writing"
     if not any(e.readable for e in ends) and not _poll(ends[0].fd) & select.POLLERR:
         missing = "reading"
     if missing:
-        ends[0].refuse(
-            ctx,
-            f"its {missing} end is held by a process outside of the pod",
-            "end the command that was connected from outside (podtree exec), or start it with its output in a file",
-        )
-    return missing is not None
+        reason = f"its {missing} end is held by a process outside of the pod"
+        return ends[0].external(ctx, reason, close="a branch finds the other end closed")
+    return None
 
 
-def _fifo_is_ours(held: Held, ctx: CollectContext, view: PodView) -> bool:
+def _fifo_is_ours(held: Held, view: PodView) -> bool:
     where = view.mount_of(held)
-    if view.on_volume(where) or view.on_own_tmpfs(where):
-        return True
-    held.refuse(ctx, "a FIFO on a file system that the pod shares with others: who holds the other end is unknown")
-    return False
+    return view.on_volume(where) or view.on_own_tmpfs(where)
+
+
+def _shared_fifo(held: Held, ctx: CollectContext, view: PodView) -> external.Policy:
+    return held.external(
+        ctx,
+        "a FIFO on a file system that the pod shares with others: who holds the other end is unknown",
+        close="a branch has a pipe of its own, with what is in it now and the pod's ends",
+        keep="a branch opens it again, as it is then" if view.current_name(held) == held.link else "",
+    )
 
 
 # ---------------------------------------------------------------------------------------------- contents
@@ -316,6 +334,8 @@ def _open_ends(wanted: list[tuple[int, int]], originals: list[int]) -> dict[int,
 def _restore_fifo(ends: list[tuple[int, int, Pipe]]) -> dict[int, int]:
     state = ends[0][2]
     path = path_bytes(state.path)
+    if state.external:
+        return _open_shared(path, [(number, flags) for number, flags, _ in ends])
     if not state.unlinked:
         keeper = _open_fifo(path)
     else:
@@ -335,6 +355,18 @@ def _restore_fifo(ends: list[tuple[int, int, Pipe]]) -> dict[int, int]:
             result[number] = fdops.reopen(reader, flags & os.O_ACCMODE | os.O_NONBLOCK)
     os.close(reader)
     return result
+
+
+def _open_shared(path: bytes, wanted: list[tuple[int, int]]) -> dict[int, int]:
+    """Descriptors of a FIFO that others have open, too: nothing in it is touched."""
+    try:
+        keeper = _open_fifo(path)
+    except OSError as error:
+        raise RestoreFailed(f"the FIFO {os.fsdecode(path)}, shared by -v: {error.strerror}", "put it back") from error
+    try:
+        return {number: fdops.reopen(keeper, flags & os.O_ACCMODE | os.O_NONBLOCK) for number, flags in wanted}
+    finally:
+        os.close(keeper)
 
 
 def _open_fifo(path: bytes) -> int:

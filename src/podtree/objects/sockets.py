@@ -15,7 +15,7 @@ from podtree.kernel import procfs
 from podtree.kernel import sock as ksock
 from podtree.kernel.pidfd import pidfd_getfd, pidfd_open_living
 from podtree.kernel.sockdiag import NetworkNamespace
-from podtree.objects import netlink, raw, tcp, tcprestore, udp, udprestore, unix, unixrestore
+from podtree.objects import netlink, raw, tcp, tcprestore, udp, udprestore, unix, unixoutside, unixrestore
 from podtree.objects.context import CollectContext, FrozenProcess, RestoreContext
 from podtree.objects.multicast import Groups
 from podtree.objects.socketcommon import Entry, Surroundings, make_entry
@@ -94,8 +94,8 @@ class SocketCollector:
 
     def _sort(self, entry: Entry, around: Surroundings) -> str:
         """Which module saves the socket; "" after refusing it."""
-        if ksock.netns_cookie(entry.sock) != around.namespace.diag.cookie:
-            around.refuse(entry, "made in a network namespace that is not the pod's", "start it inside the pod")
+        strange = ksock.netns_cookie(entry.sock) != around.namespace.diag.cookie
+        if strange and unixoutside.settle_strange(entry, around) == "refuse":
             return ""
         match entry.family, entry.type, entry.protocol:
             case (socket.AF_UNIX, _, _):

@@ -144,12 +144,10 @@ def _collect_pty(
     first = ends[0]
     master = ctx.consoles[index] if console else next((e.fd for e in ends if _is_master(e)), None)
     if master is None:
-        first.refuse(
-            ctx,
-            "its master side is held by a process outside of the pod",
-            "end the command that was connected from outside (podtree exec -t)",
-        )
-        return {}
+        reason = "its master side is held by a process outside of the pod"
+        if first.external(ctx, reason, close="a branch finds the terminal hung up") == "refuse":
+            return {}
+        return {end.id: HungUpTty(path_text(end.link)) for end in ends}
     if get_int(first.fd, TIOCGETD) != 0:
         first.refuse(ctx, "the terminal has a line discipline other than N_TTY")
         return {}

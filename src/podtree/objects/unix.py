@@ -21,7 +21,7 @@ from podtree.kernel import sock as ksock
 from podtree.kernel.sock import Peeked, TcpState
 from podtree.kernel.sockdiag import UnixDiag
 from podtree.kernel.sockmem import Sender, SocketMemory, UnixEmbryo
-from podtree.objects import insight
+from podtree.objects import external, insight, unixoutside
 from podtree.objects.held import DELETED, path_text
 from podtree.objects.impersonate import Credentials, peer_pids
 from podtree.objects.socketcommon import RETRY, Entry, SocketBase, Surroundings
@@ -78,6 +78,8 @@ class UnixSocket(SocketBase, frozen=True, kw_only=True, tag="unix"):
     reset: bool = False  # the other end went without having read everything: ECONNRESET is pending
     credentials: Credentials | None = None  # SO_PEERCRED
     queue: tuple[UnixMessage, ...] = ()
+    outside: str = ""  # a server's socket that isn't the pod's, to be connected to anew
+    user: Credentials | None = None  # as whom
 
 
 # --- collect -----------------------------------------------------------------------------------------
@@ -107,6 +109,7 @@ class _Collector:
         self.around = around
         self.entries = entries
         self.diag = around.namespace.diag.unix()
+        self.diag |= unixoutside.of_strangers(entries, self.diag)
         self.pod_pids = {process.host_pid: process.pid for process in around.ctx.processes}
         #: client's inode -> listener, of connections not accepted yet
         self.waiting = {ino: diag.ino for diag in self.diag.values() for ino in diag.pending if ino}
@@ -177,9 +180,8 @@ class _Collector:
     def _read_waiting(self, entry: Entry, ino: int, embryo: UnixEmbryo) -> UnixWaiting | None:
         """A connection not accepted yet, as kernel memory shows it."""
         client = self.around.by_ino.get(ino)
-        if client is None and not embryo.client_gone:
-            reason = "a connection waits to be accepted whose client is not in the pod"
-            self.around.refuse(entry, reason, RETRY)
+        if client is None and not embryo.client_gone and not self._cut_off(entry):
+            pass
         elif embryo.error:
             self.around.refuse(entry, "a connection waits to be accepted that has an error pending", RETRY)
         elif any(message.files for message in embryo.queue):
@@ -190,6 +192,16 @@ class _Collector:
             who = _credentials(embryo.made_by)
             return UnixWaiting(client.file_id if client else None, embryo.client_name, who, queue)
         return None
+
+    def _cut_off(self, entry: Entry) -> bool:
+        """Whether a client outside of the pod, whose connection isn't accepted yet, is let go; else it is refused."""
+        policy = external.settle(
+            self.around.ctx.external,
+            lambda reason, hint: self.around.refuse(entry, reason, hint or RETRY),
+            "a connection waits to be accepted whose client is not in the pod",
+            close="a branch finds it closed",
+        )
+        return policy == "close"
 
     def _guess_waiting(self, entry: Entry, ino: int) -> UnixWaiting | None:
         """A connection not accepted yet, where nobody can look at it: only with nothing sent."""
@@ -219,24 +231,30 @@ class _Collector:
         fields: dict[str, object] = {"connected": True}
         if entry.ino in self.waiting:
             return fields | {"peer": self._waiting_at(entry)}
+        if unixoutside.is_outside(entry, diag, self.around):
+            return fields | self._outside(entry, diag, events)
         if diag.peer:
-            peer = self.around.by_ino.get(diag.peer)
-            if peer is None:
-                self.around.refuse(
-                    entry,
-                    "its other end is not held by any process of the pod",
-                    "it is outside of the pod, or on its way in another socket's queue",
-                )
-                return fields
+            peer = self.around.by_ino[diag.peer]
             if events & 0x8:
                 self.around.refuse(entry, "an error is pending that the program has not read", RETRY)
             other = self.diag[peer.ino]
             if entry.type == socket.SOCK_DGRAM and not other.name and other.peer != entry.ino:
                 self.around.refuse(entry, "connected to a datagram socket that has no name and another peer")
             return fields | {"peer": peer.file_id, "accepted": self._was_accepted(entry, diag, other)}
+        return fields | self._gone(entry, diag, events)
+
+    def _outside(self, entry: Entry, diag: UnixDiag, events: int) -> dict[str, object]:
+        """Of a socket whose other end is outside of the pod."""
+        policy, name = unixoutside.settle(entry, diag, self.around)
+        if policy == "close":
+            return self._gone(entry, diag, events)
+        return {"outside": name, "user": self._holder(entry)} if policy == "keep" else {}
+
+    def _gone(self, entry: Entry, diag: UnixDiag, events: int) -> dict[str, object]:
+        """Of a socket whose other end is gone."""
         name = entry.sock.getpeername()
         lost = name if isinstance(name, bytes) else os.fsencode(name)
-        fields |= {"lost_name": lost, "reset": bool(events & 0x8)}
+        fields: dict[str, object] = {"lost_name": lost, "reset": bool(events & 0x8)}
         if entry.type == socket.SOCK_DGRAM:
             if events & 0x8:
                 self.around.refuse(entry, "an error is pending that the program has not read", RETRY)
@@ -309,11 +327,13 @@ class _Collector:
                 return None
             path = path_text(link)
             if not self._own_mount(entry, fd):
-                self.around.refuse(
-                    entry,
+                external.settle(
+                    self.around.ctx.external,
+                    lambda reason, hint: self.around.refuse(entry, reason, hint),
                     f"bound to {os.fsdecode(link)}, in a directory shared with the host: two pods can't both have it",
-                    "bind it to a path that is not under -v",
+                    close="nobody reaches a branch by that name",
                 )
+                return None
             return SocketFile(
                 path, info.st_mode & 0o7777, info.st_uid, info.st_gid, info.st_atime_ns, info.st_mtime_ns
             )
@@ -404,8 +424,9 @@ class _Collector:
     def _sender(self, entry: Entry, diag: UnixDiag, name: bytes) -> int | None:
         """File id of the socket that sent a message, if it is known."""
         by = self.by_name.get((entry.type, name)) if name else None
-        if not name and diag.peer and not self.diag[diag.peer].name:
-            by = self.around.by_ino.get(diag.peer)  # nobody else can send to, or from, a pair without names
+        peer = self.around.by_ino.get(diag.peer or 0)
+        if not name and peer and not self.diag[peer.ino].name:
+            by = peer  # nobody else can send to, or from, a pair without names
         return by.file_id if by else None
 
 

@@ -26,6 +26,7 @@ from typing import NamedTuple
 
 from podtree.errors import Damaged, RestoreFailed
 from podtree.kernel import mount
+from podtree.objects import unixoutside
 from podtree.objects.held import path_bytes
 from podtree.objects.impersonate import Credentials, pids_available, run_as
 from podtree.objects.socketcommon import finish
@@ -213,6 +214,7 @@ class _Restorer:
         self._check()
 
     def run(self) -> dict[int, socket.socket]:
+        self._to_outside()
         self._connections()
         self._listeners()
         for file_id, state in self.states.items():
@@ -304,6 +306,16 @@ class _Restorer:
             self._put(one, None, socks[2 * at])
             self._put(two, one, socks[2 * at + 1])
 
+    # to others than the pod's
+
+    def _to_outside(self) -> None:
+        for file_id, state in self.states.items():
+            if state.outside:
+                self.made[file_id] = sock = self._new(state.socktype)
+                if state.name and state.socktype != socket.SOCK_DGRAM:
+                    self._bind(file_id)
+                unixoutside.connect(sock, state.outside, state.user)
+
     # streams
 
     def _connections(self) -> None:
@@ -311,7 +323,7 @@ class _Restorer:
         links: dict[tuple[int, bytes, Credentials | None], list[_Link]] = defaultdict(list)
         ends: list[tuple[int, int | None]] = []
         for one, state in self.states.items():
-            if state.socktype == socket.SOCK_DGRAM or not state.connected:
+            if state.socktype == socket.SOCK_DGRAM or not state.connected or state.outside:
                 continue
             two = state.peer
             if two is not None and self.states[two].listening:
@@ -454,7 +466,7 @@ class _Restorer:
 
     def _datagrams(self) -> None:
         ids = [i for i, state in self.states.items() if state.socktype == socket.SOCK_DGRAM]
-        paired: set[int] = set()
+        paired = {one for one in ids if self.states[one].outside}
         for one in ids:
             paired |= self._pair_datagrams(one, paired)
         for one in ids:

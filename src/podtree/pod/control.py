@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from podtree.errors import Conflict, Damaged, NotFound, PodtreeError, Problem, UsageError, as_text
+from podtree.objects.external import policy
 from podtree.pod import keeper, nursery, wire
 from podtree.pod import metrics as counted
 from podtree.pod import spec as specs
@@ -316,19 +317,22 @@ def checkpoint(
     stop: bool = False,
     tag: str | None = None,
     no_wait: bool = False,
+    external: str | None = None,
 ) -> dict[str, Any]:
     """Save a running pod: {id, pod, number, state, pause_ms, total_ms, lag_ms, bytes_written, processes}.
 
     With `stop` it has ended on return. With `no_wait` it runs on, and the checkpoint is only captured: {id, pod, state,
-    pause_ms}; `durable` waits for the rest.
+    pause_ms}; `durable` waits for the rest. `external`: what becomes of what it shares with the outside (refuse, keep
+    or close), if that isn't to be as its spec says.
     """
+    policy(external)
     if no_wait and (stop or tag is not None):
         raise UsageError("--no-wait goes with neither --stop nor --tag", "podtree wait ID, then podtree tag ID NAME")
     if as_text(message) != message:
         raise UsageError(f"the message is not valid UTF-8: {message}")
     if tag is not None:
         pool.check_free(refs.check_name(tag, "tag"))  # before there is a checkpoint that nobody asked for
-    result = call(pool, pod, "checkpoint", message=message, stop=stop, no_wait=no_wait)
+    result = call(pool, pod, "checkpoint", message=message, stop=stop, no_wait=no_wait, external=external)
     if tag is not None:
         pool.tag(tag, result["id"])
         result["tag"] = tag
@@ -350,6 +354,8 @@ def record(pool: Pool, pod: PodRecord, settings: Settings | None = None, *, off:
 
     Raises Conflict when it isn't recorded.
     """
+    if settings is not None:
+        policy(settings.external)
     return call(pool, pod, "record", settings=msgspec.to_builtins(settings), off=off)
 
 
@@ -367,9 +373,10 @@ def metrics_text(pool: Pool, refs: Iterable[str] = ()) -> bytes:
     return counted.exposition(metrics(pool, refs), room)
 
 
-def check(pool: Pool, pod: PodRecord) -> list[Problem]:
-    """What would keep a checkpoint from working now."""
-    return msgspec.convert(call(pool, pod, "check")["problems"], list[Problem])
+def check(pool: Pool, pod: PodRecord, *, external: str | None = None) -> list[Problem]:
+    """What would keep a checkpoint from working now. `external` as in `checkpoint`."""
+    policy(external)
+    return msgspec.convert(call(pool, pod, "check", external=external)["problems"], list[Problem])
 
 
 def commit(pool: Pool, winner: PodRecord, origin: PodRecord) -> PodRecord:

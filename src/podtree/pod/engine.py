@@ -12,6 +12,7 @@ import msgspec
 
 from podtree.errors import Problem, RestoreFailed
 from podtree.kernel import caps
+from podtree.objects.external import Policy
 from podtree.pod import privileges
 from podtree.pod.cgroup import Cgroup
 from podtree.pod.dirs import PodDirs
@@ -106,10 +107,10 @@ def release(lazy: _Lazy | None) -> None:
         lazy.release()
 
 
-def check(supervisor: Supervisor) -> list[Problem]:
+def check(supervisor: Supervisor, shared: Policy | None = None) -> list[Problem]:
     """What would keep a checkpoint from working now."""
     supervisor.running()
-    problems: list[Problem] = supervisor.checkpointer.get().check()
+    problems: list[Problem] = supervisor.checkpointer.get().check(shared)
     return problems
 
 
@@ -160,11 +161,13 @@ def checkpoint(
     recorded: bool = False,
     captured: Callable[[dict[str, Any]], None] = lambda _told: None,
     notes: dict[str, Any] | None = None,
+    shared: Policy | None = None,
 ) -> dict[str, Any]:
     """Save the pod. On any error nothing is left of the attempt and the pod goes on.
 
     `recorded`: it is the recorder's, who doesn't wait for other commands, and may be thinned. `captured` is called when
-    the pod runs on; what fails from then on is noted as lost. `notes` go into its summary.
+    the pod runs on; what fails from then on is noted as lost. `notes` go into its summary. `shared`: what becomes of
+    what is shared with the outside; None: as the pod's spec says.
     """
     supervisor.running()
     draft = supervisor.pool.begin_checkpoint(supervisor.pod_id, 0 if recorded else LOCK_SECONDS)
@@ -175,6 +178,7 @@ def checkpoint(
                 summary: dict[str, Any] = supervisor.checkpointer.get().checkpoint(
                     draft, stop=stop, message=message, settle=supervisor.drain_output, reached=progress.reached,
                     notes={**({"recorded": True} if recorded else {}), **(notes or {})},
+                    shared=shared,
                 )  # fmt: skip
             except BaseException as error:
                 progress.failed(error)

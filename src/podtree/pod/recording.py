@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from podtree.errors import Conflict
+from podtree.objects.external import Policy, policy
 from podtree.pod import engine
 from podtree.pod.loop import Timer
 from podtree.pod.marks import MarkSources
@@ -22,9 +23,10 @@ if TYPE_CHECKING:
 class Recording:
     """A pod's supervisor as its recorder sees it (podtree.recorder.recorder.Recorded)."""
 
-    def __init__(self, supervisor: Supervisor) -> None:
+    def __init__(self, supervisor: Supervisor, external: Policy | None) -> None:
         self._supervisor = supervisor
         self._sources: MarkSources | None = None
+        self._external = external
 
     def later(self, seconds: float, call: Callable[[], object]) -> Timer:
         return self._supervisor.loop.later(seconds, call)
@@ -59,7 +61,9 @@ class Recording:
             supervisor.live.filling.hurry()
             return None
         try:
-            return engine.checkpoint(supervisor, recorded=True, message=message, notes=notes)
+            return engine.checkpoint(
+                supervisor, recorded=True, message=message, notes=notes, shared=self._external
+            )
         finally:
             supervisor.tend()
 
@@ -72,7 +76,8 @@ class Recording:
 
 def begin(supervisor: Supervisor, settings: dict[str, Any]) -> Recorder:
     """A recorder with these settings, started."""
-    recorder = Recorder(Recording(supervisor), msgspec.convert(settings, Settings))
+    orders = msgspec.convert(settings, Settings)
+    recorder = Recorder(Recording(supervisor, policy(orders.external)), orders)
     recorder.start()
     return recorder
 

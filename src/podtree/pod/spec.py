@@ -14,6 +14,7 @@ from typing import Any, Literal
 import msgspec
 
 from podtree.errors import UsageError, as_text
+from podtree.objects.external import Policy
 
 #: How a process tree's first process is connected: to a pty, to three pipes whose other ends the supervisor
 #: holds, straight to the log file (stdin /dev/null), or to /dev/null.
@@ -53,6 +54,7 @@ class PodSpec(msgspec.Struct, frozen=True, kw_only=True):
     cpus: float | None = None
     pids: int | None = None
     auto_remove: bool = False  # `--rm`
+    external: Policy = "refuse"  # what becomes of what is shared with the outside, in checkpoints
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data, as the pool stores it."""

@@ -21,6 +21,7 @@ import msgspec
 
 from podtree.errors import Conflict, PodtreeError, UsageError
 from podtree.kernel.pidfd import has_ended, pidfd_open, pidfd_send_signal
+from podtree.objects import external
 from podtree.pod import cgroup, engine, hop, keeper, metrics, nursery, recording, rewinding, seccomp, wire
 from podtree.pod.attached import Attachments
 from podtree.pod.branching import Branch
@@ -596,8 +597,11 @@ class Supervisor:
         """With `no_wait` the reply comes when it is captured; what becomes of it then is told by its state."""
         text = str(message.get("message", ""))
         notes = {"mark": text} if message.get("mark") else {}
+        shared = external.policy(message.get("external"))
         if not message.get("no_wait"):
-            return engine.checkpoint(self, stop=bool(message.get("stop")), message=text, notes=notes)
+            return engine.checkpoint(
+                self, stop=bool(message.get("stop")), message=text, notes=notes, shared=shared
+            )
         told = False
 
         def captured(what: dict[str, Any]) -> None:
@@ -606,7 +610,7 @@ class Supervisor:
             client.send({"ok": {**what, "pod": self.name}})
 
         try:
-            engine.checkpoint(self, message=text, captured=captured, notes=notes)
+            engine.checkpoint(self, message=text, captured=captured, notes=notes, shared=shared)
         except Exception:
             if not told:
                 raise
@@ -639,7 +643,8 @@ class Supervisor:
         }
 
     def _do_check(self, client: Connection, message: dict[str, Any]) -> dict[str, Any]:
-        return {"problems": [msgspec.to_builtins(p) for p in engine.check(self)]}
+        problems = engine.check(self, external.policy(message.get("external")))
+        return {"problems": [msgspec.to_builtins(problem) for problem in problems]}
 
     def _do_look(self, client: Connection, message: dict[str, Any]) -> dict[str, Any]:
         """The pod as it is now, for whoever wants to compare it: it stays until the client hangs up."""

@@ -34,11 +34,15 @@ KEEP_DEFAULT = Keep(last=1, within_ns=600 * 10**9, minutely=60, hourly=24, daily
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
-    """A recorder's orders. `budget`: the largest share of its time for which the pod may be stopped."""
+    """A recorder's orders. `budget`: the largest share of its time for which the pod may be stopped.
+
+    `external`: what becomes of what the pod shares with the outside (objects.external); None: as its spec says.
+    """
 
     every_ns: int
     budget: float = DEFAULT_BUDGET
     keep: Keep = KEEP_DEFAULT
+    external: str | None = None
 
 
 def make(
@@ -52,6 +56,7 @@ def make(
     daily: int | None = None,
     marks: int | None = None,
     max_size: str | None = None,
+    external: str | None = None,
 ) -> Settings:
     """Settings from words: "1s", "2%". With any rule of what to keep given, only those given hold.
 
@@ -75,7 +80,7 @@ def make(
     if max_size is not None:
         keep = msgspec.structs.replace(keep, max_bytes=_parse_size(max_size))
     share = DEFAULT_BUDGET if budget is None else _parse_share(budget)
-    return Settings(every_ns=every_ns, budget=share, keep=keep)
+    return Settings(every_ns=every_ns, budget=share, keep=keep, external=external)
 
 
 def _parse_size(text: str) -> int:
