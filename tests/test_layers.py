@@ -16,7 +16,7 @@ LAYERS = (
     ("script",),
     ("objects",),
     ("image", "volume"),
-    ("tracees",),
+    ("tracees", "ties"),
     ("freeze", "mapcache", "collect", "diff", "pool"),
     ("pod.cgroup", "pod.containment", "pod.dirs", "pod.launch", "pod.live", "pod.paths", "pod.spec", "pod.wire"),
     ("checkpoint", "restore", "recorder"),

@@ -21,7 +21,7 @@ PYTHON = (
     *("processes", "descriptors", "watching", "pidfds", "views", "mqueues", "aio"),
     *("sockets", "signals", "credentials", "sysvipc"),
 )
-COMPILED = ("registers", "blocked", "threads", "leaders", "sharing", "attributes", "mappings")
+COMPILED = ("registers", "blocked", "threads", "leaders", "sharing", "attributes", "mappings", "tracers")
 ALONE = {  # about the pod's pid 1, all its pids, everything that happens in its shared directories
     ("processes", "tree"), ("processes", "new_pids_go_on"), ("watching", "undisturbed"),
     ("sockets", "unix_own_messages"), ("leaders", "itself"),
@@ -31,6 +31,7 @@ REFUSED = {  # (program, case): the object and the reason that are named
     ("watching", "directory_notify"): ("/dir", "dnotify"),
     ("attributes", "dispatch"): ("thread", "syscall user dispatch"),
     ("sharing", "siblings"): ("CLONE_FILES", "isn't its parent"),
+    ("tracers", "at_event"): ("task", "at a ptrace event"),
     ("aio", "polling"): ("AIO context", "it polls"),
     ("aio", "inherited"): ("AIO context", "another process"),
 }

@@ -190,19 +190,15 @@ def test_refused_for_a_while(podtree: Podtree) -> None:
     pod = podtree.run("sleep", "1000", options=["--every", "100ms"])
     taken(pod, 1)
     watcher = """
-import ctypes, os, signal, time
-pid = os.fork()
-if pid == 0:
-    time.sleep(1000)
-ctypes.CDLL(None).ptrace(0x4206, pid, 0, 0)  # PTRACE_SEIZE
+import fcntl, os, time
+fcntl.fcntl(os.open("/tmp", os.O_RDONLY), fcntl.F_NOTIFY, fcntl.DN_DELETE)
 while not os.path.exists("/tmp/enough"):
     time.sleep(0.05)
-os.kill(pid, signal.SIGKILL)
 """
     podtree("exec", "-d", pod.name, "--", SYSTEM_PYTHON, "-c", watcher)
-    state = until(lambda: (now := recorded(pod))["error"] and now, "the recorder tells of the tracer", 30)
-    assert "ptrace" in state["error"] or "traced" in state["error"]
-    assert "traced" in podtree("record", pod.name).out
+    state = until(lambda: (now := recorded(pod))["error"] and now, "the recorder tells of the watcher", 30)
+    assert "dnotify" in state["error"]
+    assert "dnotify" in podtree("record", pod.name).out
     pod.sh("touch /tmp/enough")
     until(lambda: recorded(pod)["taken"] > state["taken"] and not recorded(pod)["error"], "it is recorded again", 30)
 

@@ -20,10 +20,12 @@ from podtree.errors import Problem, Refused
 from podtree.kernel import mm, procfs, ptrace
 from podtree.kernel.pidfd import pidfd_getfd, pidfd_open_living
 from podtree.kernel.sys import NR
+from podtree.objects import insight
 from podtree.objects.context import FrozenProcess, FrozenTask
 from podtree.script import stub
 from podtree.script.task import NO_SYSCALL
 from podtree.script.vdso import leave_stub
+from podtree.ties import Ties
 from podtree.tracees import NotStopped, Tracees, living_threads
 
 STOP_PATIENCE_S = 0.2  # a task that doesn't stop within this is in the middle of vfork(2) or of slow I/O
@@ -72,6 +74,7 @@ class Frozen:
     """A pod whose tasks are all stopped and traced by this thread."""
 
     tracees: Tracees
+    ties: Ties
     processes: list[FrozenProcess] = field(default_factory=list)
 
     @property
@@ -81,6 +84,7 @@ class Frozen:
 
     def release(self) -> None:
         """Let all tasks go on. Those that are gone meanwhile are passed over. May be called again."""
+        self.ties.give_back(self.tracees)
         self.tracees.release()
         for process in self.processes:
             if process.pidfd >= 0:
@@ -98,26 +102,31 @@ class Freezer:
         self._list_pids = list_pids
         self._restarts = Restarts()
         self._tracees = Tracees()
+        self._ties = Ties()
 
     def freeze(self) -> Frozen:
         """Stop all tasks of the pod. Raises Refused if one can't be stopped; nothing stays stopped then."""
         self._restarts.note_sleepers(self._list_pids())
         for attempt in range(ATTEMPTS):
-            frozen = Frozen(self._tracees)
+            frozen = Frozen(self._tracees, self._ties)
             try:
                 if self._stop_all():
                     frozen.processes = _describe(frozen, _with_zombies(self._list_pids()), self._restarts)
                     self._restarts.forget(set(frozen.stopped))
                     return frozen
             except NotStopped as stuck:
+                self._ties.give_back(self._tracees)
                 if attempt == ATTEMPTS - 1:
                     self._tracees.release(self._list_pids)
                     raise Refused([_stuck_problem(stuck)]) from stuck
             except BaseException:
+                self._ties.give_back(self._tracees)
                 self._tracees.release(self._list_pids)
                 frozen.release()
                 raise
+            self._ties.give_back(self._tracees)
             self._tracees.release()
+            insight.prepare()
             time.sleep(0.002 * (attempt + 1))
         raise Refused([Problem(pid=0, comm="", object="pod", reason="doesn't come to rest", hint="try again")])
 
@@ -138,6 +147,8 @@ class Freezer:
         self._look_again()
         left_behind = [tid for tid in stopped if leave_stub(tid)]
         self._tracees.run_shortly([tid for tid in left_behind if stopped[tid].is_group_stop], STOP_PATIENCE_S)
+        if self._tracees.foreign and not left_behind:
+            self._ties.take(self._tracees, _is_undone)
         return not left_behind
 
     def _look_again(self) -> None:
@@ -150,6 +161,11 @@ class Freezer:
             tids = [tid for tid, _ in living_threads(pid)]
             if any(stopped[tid].is_group_stop for tid in tids if tid in stopped):
                 self._tracees.stop_again([tid for tid in tids if tid in stopped], STOP_PATIENCE_S)
+
+
+def _is_undone(call: int, error: int) -> bool:
+    """Whether a call ended with EINTR just because its task was to stop."""
+    return error == errno.EINTR and call in EINTR_ON_STOP
 
 
 def _stuck_problem(stuck: NotStopped) -> Problem:
@@ -214,8 +230,11 @@ def _describe_task(frozen: Frozen, pid: int, tid: int, restarts: Restarts) -> Fr
         sigmask=ptrace.get_sigmask(tid),
         status=text,
         group_stop=stop.signal if stop.is_group_stop else 0,
+        tracing=frozen.ties.taken[tid].tracing if tid in frozen.ties.taken else None,
     )
     restarts.look(task)
+    if task.tracing and task.restart_nr < 0:
+        task.restart_nr = frozen.ties.call_of(tid, task.regs)
     _leave_rseq_section(task)
     return task
 

@@ -75,6 +75,7 @@ def living_threads(pid: int) -> list[tuple[int, str]]:
 class Tracees:
     """Whom this thread traces. ptrace(2) binds all of it to the thread that uses it.
 
+    `foreign`: (process, tracer) of those that another task of the pod traces, by their number: podtree.ties.
     `stopped`: how those stopped that are. `running`: seized and told to stop, but not there yet; after `release`
     there may be some, which `tend` lets go at last. `ended`: leaders that have ended before their process, of whose
     end `tend` takes notice.
@@ -84,6 +85,7 @@ class Tracees:
         self.stopped: dict[int, Stop] = {}
         self.running: set[int] = set()
         self.ended: set[int] = set()
+        self.foreign: dict[int, tuple[int, int]] = {}
         self._processes: dict[int, int] = {}  # of each: the process that it is a thread of
         self._buried: set[int] = set()  # whose ends the helper has noticed
 
@@ -95,8 +97,9 @@ class Tracees:
         Raises NotStopped, or Refused if another process traces one of them. The caller has to `release` then.
         """
         begun = time.monotonic()
+        self.foreign.clear()
         while True:
-            awaited = self._seize_new(list_pids())
+            awaited = self._seize_new(list(list_pids()))
             deadline = begun + patience_s + _PATIENCE_PER_TASK_S * (len(self.stopped) + len(self.running))
             nobody_new = not self.running
             self._await_stops(deadline)
@@ -105,6 +108,13 @@ class Tracees:
                 time.sleep(_PAUSE_S)
             elif nobody_new and self._are_stopped():
                 return
+
+    def adopt(self, pid: int, tid: int, patience_s: float) -> None:
+        """Seize and stop a task that nobody traces any more. Raises NotStopped, or ProcessLookupError if it is gone."""
+        ptrace.seize(tid, SEIZE_OPTIONS)
+        ptrace.interrupt(tid)
+        self._add(tid, pid)
+        self._await_stops(time.monotonic() + patience_s)
 
     def stop_again(self, tids: Iterable[int], patience_s: float) -> None:
         """Bring stopped tasks from their stop to another one, which tells of what has happened since, without
@@ -135,13 +145,14 @@ class Tracees:
         del self.stopped[tid]
         self.running.add(tid)
 
-    def _seize_new(self, pids: Iterable[int]) -> int | None:
+    def _seize_new(self, pids: list[int]) -> int | None:
         """Seize all that aren't traced yet; they are running then. Returns one that can't be seized now, if any.
 
         A task inside of vfork(2) isn't, nor is its child, which has to go on first.
         """
         threads = [(pid, tid, state) for pid in pids for tid, state in living_threads(pid)]
-        new = [one for one in threads if one[1] not in self.stopped and one[1] not in self.running]
+        known = (self.stopped, self.running, self.foreign)
+        new = [one for one in threads if not any(one[1] in tids for tids in known)]
         blocked = [(pid, tid) for pid, tid, state in new if state == "D" and _in_vfork(tid)]
         spared = {child for pid, tid in blocked for child in _vfork_children(pid, tid)}
         self._let_run(spared)
@@ -149,7 +160,7 @@ class Tracees:
         related = bool(self.stopped or self.running) or len(new) > len({pid for pid, _, _ in new})
         with self._noticing_deaths() if new and related else nullcontext():
             for pid, tid, _ in new:
-                if (pid, tid) not in blocked and pid not in spared and not self._seize(pid, tid):
+                if (pid, tid) not in blocked and pid not in spared and not self._seize(pid, tid, pids):
                     awaited.append(tid)
         return awaited[0] if awaited else None
 
@@ -177,8 +188,8 @@ class Tracees:
             done.set()
             helper.join()
 
-    def _seize(self, pid: int, tid: int) -> bool:
-        """False if that is to be tried again."""
+    def _seize(self, pid: int, tid: int, pids: list[int]) -> bool:
+        """False if that is to be tried again. `pids`: the pod's."""
         try:
             ptrace.seize(tid, SEIZE_OPTIONS)
         except ProcessLookupError:
@@ -192,7 +203,11 @@ class Tracees:
                 return True
             if text["TracerPid"] == "0":
                 return False  # it is ending
-            if text["TracerPid"] != str(os.getpid()):
+            tracer = int(text["TracerPid"])
+            if tracer != os.getpid() and _process_of(tracer) in pids:
+                self.foreign[tid] = (pid, tracer)
+                return True
+            if tracer != os.getpid():
                 reason = f"is traced by another process (host pid {text['TracerPid']})"
                 raise _refuse_traced(pid, tid, reason, "end the debugger or strace first") from error
         try:

@@ -13,7 +13,7 @@ from podtree.pod import control
 from podtree.recorder import settings as recorder
 from podtree.recorder.settings import Settings
 
-_NAMES = {"budget": "--budget", "max_size": "--max-size"}
+_NAMES = {"budget": "--budget", "max_size": "--max-size", "external": "--external"}
 _KEEP = "Keep recorded checkpoints: "
 _OPTIONS = (
     click.option("--every", metavar="TIME", help="Take a checkpoint so often: 1s, 500ms."),

@@ -132,6 +132,7 @@ class NR(enum.IntEnum):
     mq_timedsend = 242
     mq_notify = 244
     mq_getsetattr = 245
+    waitid = 247
     keyctl = 250
     ioprio_set = 251
     ioprio_get = 252

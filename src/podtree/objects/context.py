@@ -11,6 +11,7 @@ from podtree.errors import Problem
 from podtree.kernel.ptrace import Regs
 from podtree.objects import external
 from podtree.objects.tables import Sharing
+from podtree.objects.tracing import Tracing
 
 if TYPE_CHECKING:
     from podtree.objects.mqueue import PosixQueue
@@ -28,6 +29,7 @@ class FrozenTask:
     group_stop: int = 0  # the stop signal if the process is stopped by job control
     restart_nr: int = -1  # the system call that restart_syscall(2) would go on with
     waited_ns: int = 0  # how long the timed call that it is in has been waiting
+    tracing: Tracing | None = None  # by another task of the pod
 
 
 @dataclass(slots=True)

@@ -30,7 +30,7 @@ PR_GET_THP_DISABLE, PR_SET_THP_DISABLE = 42, 41
 PR_SET_MDWE, PR_GET_MDWE = 65, 66
 PR_SET_MEMORY_MERGE, PR_GET_MEMORY_MERGE = 67, 68
 MEMBARRIER_GET_REGISTRATIONS = 1 << 9  # membarrier(2), linux/membarrier.h (6.3)
-WAITID, P_PID = 247, 1
+P_PID = 1  # linux/wait.h
 WSTOPPED, WNOWAIT = 2, 0x01000000  # linux/wait.h
 BRK_QUERY = 0
 PERSONALITY_QUERY = 0xFFFFFFFF
@@ -113,7 +113,7 @@ def ask_stops(script: Script, children: list[int]) -> AskedStops:
     infos = {}
     for pid in children:
         infos[pid] = script.space(128)
-        script.add(WAITID, P_PID, pid, infos[pid], WSTOPPED | os.WNOHANG | WNOWAIT, 0, name="waitid")
+        script.add(NR.waitid, P_PID, pid, infos[pid], WSTOPPED | os.WNOHANG | WNOWAIT, 0, name="waitid")
     return AskedStops(infos)
 
 

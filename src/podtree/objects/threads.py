@@ -23,6 +23,7 @@ from podtree.objects.scheduling import Scheduling
 from podtree.objects.seccomp import Seccomp
 from podtree.objects.signals import AltStack
 from podtree.objects.tables import Directories
+from podtree.objects.tracing import Tracing
 from podtree.script import stub
 from podtree.script.task import NO_SYSCALL, Results, Script
 
@@ -54,6 +55,7 @@ class Thread(msgspec.Struct, frozen=True, kw_only=True):
     directories: Directories | None = None  # likewise
     attributes: Attributes = Attributes()
     own_undo: bool = False  # likewise: adjustments of semaphores (SEM_UNDO) that others don't have
+    tracing: Tracing | None = None  # by another task of the pod
 
     @property
     def own_tables(self) -> set[str]:
@@ -120,6 +122,7 @@ def collect(task: FrozenTask, asked: Asked, results: Results, comm: bytes) -> Th
         seccomp=seccomp.collect(task.tid, task.status),
         scheduling=scheduling.collect(task.tid),
         attributes=attributes.collect(asked.attributes, results),
+        tracing=task.tracing,
     )
 
 

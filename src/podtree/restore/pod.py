@@ -29,6 +29,7 @@ from podtree.objects.descriptors import Deferred, arm_timers, numbers_needed, re
 from podtree.objects.memory import free_gap
 from podtree.objects.processes import tables_of
 from podtree.objects.slots import raise_descriptor_limit, slot_base
+from podtree.objects.threads import Thread
 from podtree.pod.cgroup import Cgroup
 from podtree.pod.dirs import PodDirs
 from podtree.pod.launch import Builder, launch
@@ -44,6 +45,7 @@ from podtree.restore.time import enter_new_time, join_time
 from podtree.restore.tree import Tree
 from podtree.restore.validate import Bounds, confine, explained
 from podtree.script import vdso
+from podtree.ties import Tie, Ties
 from podtree.tracees import OPTIONS
 
 END_PATIENCE_S = 10.0
@@ -193,6 +195,10 @@ class Restore:
     def go(self, dirs: PodDirs | None = None) -> LivePod:
         """Let it run. `dirs`: where its things lie by now."""
         assert self._launched is not None
+        try:
+            traced = _trace_again(self._restorers)
+        except BaseException as error:
+            raise explained(self._end() or error) from error
         launched, self._launched = self._launched, None
         self._close()
         live = LivePod(
@@ -210,7 +216,7 @@ class Restore:
         )
         self.cgroup.limit_tasks(self.spec.pids)
         for restorer in self._restorers:
-            restorer.go()
+            restorer.go(traced)
         return live
 
     def abandon(self) -> None:
@@ -433,6 +439,28 @@ def _asleep(manifest: Manifest, launched: Launched, layout: _Layout) -> Iterator
     finally:
         sleepers.close()
         resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+
+
+def _trace_again(restorers: list[ProcessRestorer]) -> set[int]:
+    """Who was traced by another task of the pod is again; their host tids: they aren't ours any more."""
+    tasks = {
+        thread.tid: (restorer.body.tid, body.tid, thread)
+        for restorer in restorers
+        for thread, body in zip(restorer.process.threads, restorer.bodies, strict=True)
+    }
+    ties = Ties()
+    for pid, tid, thread in sorted(tasks.values(), key=lambda task: _tracers_above(task[2], tasks)):
+        if thread.tracing:
+            ties.taken[tid] = Tie(pid, tid, thread.tid, tasks[thread.tracing.tracer][1], thread.tracing)
+    traced = set(ties.taken)
+    if lost := ties.give_back():
+        raise RestoreFailed(f"task {lost[0].inner} can't be traced again by {lost[0].tracing.tracer}")
+    return traced
+
+
+def _tracers_above(thread: Thread, tasks: dict[int, tuple[int, int, Thread]]) -> int:
+    """How many trace it, and each other; the image was checked to have no circles."""
+    return 1 + _tracers_above(tasks[thread.tracing.tracer][2], tasks) if thread.tracing else 0
 
 
 def _make_late_files(

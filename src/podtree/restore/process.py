@@ -457,10 +457,11 @@ class ProcessRestorer:
                     raise RestoreFailed(f"process {self.pid} ended while it was being stopped")
                 ptrace.cont(body.tid, 0 if stop.event else stop.signal)
 
-    def go(self) -> None:
-        """Let the process run."""
+    def go(self, traced: set[int]) -> None:
+        """Let the process run, but for those of its threads that have another tracer."""
         for body in self.bodies:
-            ptrace.detach(body.tid)
+            if body.tid not in traced:
+                ptrace.detach(body.tid)
 
 
 def _filled_vmas(vmas: tuple[Vma, ...], runs: list[Run]) -> set[int]:

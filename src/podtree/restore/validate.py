@@ -19,7 +19,7 @@ import msgspec
 from podtree.errors import Damaged, PodtreeError, RestoreFailed, Unsupported
 from podtree.image.manifest import Manifest
 from podtree.kernel import mm, procfs
-from podtree.kernel.ptrace import SIGINFO_SIZE, Regs
+from podtree.kernel.ptrace import PTRACE_O_EXITKILL, SIGINFO_SIZE, Regs
 from podtree.kernel.sys import PAGE_SIZE
 from podtree.objects.credentials import Credentials
 from podtree.objects.descriptors import OpenFile
@@ -31,6 +31,7 @@ from podtree.objects.seccomp import MODE_FILTER, Filter, Seccomp
 from podtree.objects.signals import ACTION_SIZE, NSIG
 from podtree.objects.tables import KINDS
 from podtree.objects.threads import Thread
+from podtree.objects.tracing import DEBUG_REGISTERS, Mode
 from podtree.pod.live import INIT
 
 MAX_PID = 1 << 22  # PID_MAX_LIMIT: include/linux/threads.h
@@ -42,6 +43,7 @@ REALTIME_POLICIES = (1, 2)  # SCHED_FIFO, _RR
 SCHED_ATTR_SIZE = 56
 SEMAEM = 32767  # include/uapi/linux/sem.h
 IOPRIO_CLASS_RT, IOPRIO_CLASS_SHIFT = 1, 13  # include/uapi/linux/ioprio.h
+TRACE_OPTIONS = PTRACE_O_EXITKILL | 0xFF  # not PTRACE_O_SUSPEND_SECCOMP: a pod hasn't the rights
 FILTER_FLAG_LOG = 1 << 1  # SECCOMP_FILTER_FLAG_LOG: all that an image can have, linux/seccomp.h
 _STDIO_NAME = re.compile(r"exec-(\d{1,9}|pid-\d{1,9})")
 
@@ -52,7 +54,6 @@ class Bounds:
 
     capabilities: int
     filter: bytes
-
 
 def confine(manifest: Manifest, bounds: Bounds) -> Manifest:
     """The manifest, checked, with the pods' own filter the oldest of every thread.
@@ -94,6 +95,10 @@ def _check_pod(manifest: Manifest) -> None:
     _expect(len(set(pids)) == len(pids) and len(set(tids)) == len(tids), "two processes or threads of one number")
     for place in places:
         _check_place(place)
+    living = {thread.tid: thread for process in manifest.processes for thread in process.threads}
+    for thread in living.values():
+        if thread.tracing:
+            _check_tracing(thread, living)
     _expect(all(0 < tid < MAX_PID for tid in tids), "a thread of an impossible number")
     adjustments = [by for undo in manifest.ipc.undo for by in undo.adjustments]
     _expect(all(abs(by) <= SEMAEM for by in adjustments), "an adjustment of a semaphore that no process can have")
@@ -133,6 +138,19 @@ def _check_tables(manifest: Manifest) -> None:
         numbers = [fd.fd for fd in fds]
         _expect(len(set(numbers)) == len(numbers), f"process {holder} has one descriptor twice")
         _expect(all(0 <= number < MAX_FD for number in numbers), f"process {holder} has impossible descriptors")
+
+
+def _check_tracing(thread: Thread, living: dict[int, Thread]) -> None:
+    tracing, who = thread.tracing, f"thread {thread.tid}, which another one traces,"
+    assert tracing is not None
+    above, seen = living[tracing.tracer], {thread.tid}
+    while above.tracing and above.tid not in seen:
+        seen.add(above.tid)
+        above = living[above.tracing.tracer]
+    _expect(above.tid not in seen, f"{who} has an impossible tracer")
+    _expect(0 <= tracing.options <= TRACE_OPTIONS, f"{who} has impossible options")
+    _expect(len(tracing.debug) in (0, len(DEBUG_REGISTERS)), f"{who} has impossible debug registers")
+    _expect(len(tracing.siginfo) == (SIGINFO_SIZE if tracing.mode is Mode.STOPPED else 0), f"{who} has no siginfo")
 
 
 def _check_place(place: Place) -> None:

@@ -23,6 +23,7 @@ CODE = bytes.fromhex(
 RUN = 0x00  # offset of the entry that walks a table
 ONE = 0x52  # offset of a lone `syscall`, followed by the restore path
 RESTORE = 0x54  # offset of the restore path
+SPIN = 0xF0  # where a jump to itself can be, behind the code
 SAVE = 0x100  # offset of the save area
 SIZE = 0x1A0  # code and save area
 
