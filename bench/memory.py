@@ -9,8 +9,8 @@ from pathlib import Path
 
 import podtree
 
-_STEADY = 16 << 20
-_PATIENCE_S = 120
+_STEADY = 64 << 20
+_PATIENCE_S = 30
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def remove(pods: Iterable[podtree.Pod]) -> None:
 
 
 def _parent(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[1])  # a name can be any bytes
 
 
 def _children() -> dict[int, list[int]]:
