@@ -107,10 +107,12 @@ def svg(curve: Curve, series: dict[str, list[Point]]) -> str:
     for value in _ticks([v for p in points for v in (p.y, p.high)], curve):
         parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(value):.1f}" y2="{y(value):.1f}" stroke="#ddd"/>')
         parts.append(_text(LEFT - 6, y(value) + 4, _label(value), "end"))
+    legend = LEFT
     for number, (name, one) in enumerate(series.items()):
         colour = "#888" if name == "target" else COLOURS[number % len(COLOURS)]
         parts += _line(one, x, y, colour, dashed=name == "target")
-        parts.append(_text(LEFT + number * 180, 50, name, "start", colour))
+        parts.append(_text(legend, 50, name, "start", colour))
+        legend += 24 + 7 * len(name)
     return "\n".join([*parts, "</svg>\n"])
 
 

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -66,11 +67,15 @@ def own_pool(parent: Path) -> Iterator[podtree.Pool]:
     try:
         yield pool
     finally:
-        for pod in pool.pods():
-            pod.remove(force=True)
-        pool.close()
-        Store.close_home(home)
-        shutil.rmtree(home)
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})  # not in the middle of this
+        try:
+            for pod in pool.pods():
+                pod.remove(force=True)
+            pool.close()
+            Store.close_home(home)
+            shutil.rmtree(home)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def command(pool: podtree.Pool, *words: str) -> str:
