@@ -22,7 +22,7 @@ from types import FrameType
 
 import click
 
-from bench import criu, memory, plots
+from bench import criu, figures, memory, plots
 from bench.cases import CASES, Case, Running, quick
 from bench.figures import Book, table, to_json
 from bench.place import Place
@@ -94,6 +94,7 @@ def _list(context: click.Context, _option: click.Parameter, wanted: bool) -> Non
 @click.option("--quick", "is_quick", is_flag=True, help="One round of small sizes: does it work? No targets then.")
 @click.option("--against", type=click.Choice(["criu"]), help="Measure the trees with this program, too.")
 @click.option("--json", "path", type=click.Path(dir_okay=False, path_type=Path), help="Write all values there.")
+@click.option("--markdown", type=click.Path(dir_okay=False, path_type=Path), help="Write rows with targets there.")
 @click.option("--plots", "pictures", type=click.Path(file_okay=False, path_type=Path), help="Write curves there.")
 @click.option("--dir", "parent", type=click.Path(file_okay=False, exists=True, path_type=Path), default="/var/tmp",
               show_default=True, help="Where pools of its own are made, and removed in the end.")  # fmt: skip
@@ -103,6 +104,7 @@ def main(
     is_quick: bool,
     against: str | None,
     path: Path | None,
+    markdown: Path | None,
     pictures: Path | None,
     parent: Path,
 ) -> None:
@@ -118,6 +120,8 @@ def main(
         if path:
             path.write_text(to_json(book, rounds))  # what is there so far, should something fail
     click.echo(table(book))
+    if markdown:
+        markdown.write_text(figures.markdown(book))
     if pictures:
         for drawn in plots.draw_all(book, pictures):
             _say(f"drawn: {drawn}")

@@ -85,6 +85,18 @@ def table(book: Book) -> str:
     return "\n".join(line.rstrip() for line in lines + _ratios(book))
 
 
+def markdown(book: Book) -> str:
+    """The rows that have a target, for a document."""
+    lines = ["| case | what | median | p95 | target | |", "|---|---|---|---|---|---|"]
+    for one in book.by_case():
+        if one.target is not None:
+            sign = "≥" if one.at_least else "≤"
+            cells = (one.case, one.what, f"{_number(one.median())} {one.unit}", f"{_number(one.p95())} {one.unit}",
+                     f"{sign} {_number(one.target)} {one.unit}", one.verdict())  # fmt: skip
+            lines.append(f"| {' | '.join(cell.strip() for cell in cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def _ratios(book: Book) -> list[str]:
     """Figures that another tool has as well: "WHAT by TOOL"."""
     lines = []

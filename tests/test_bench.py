@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
-from bench.figures import Book, table
+from bench.figures import Book, markdown, table
 from bench.workload import pages_to_change
 
 from driver import PROJECT
@@ -85,4 +85,8 @@ def test_verdicts() -> None:
     assert pause is not None and rate is not None
     assert (pause.median(), pause.p95(), pause.verdict()) == (2, 9, "reached")
     assert (rate.p95(), rate.verdict()) == (1, "missed")
+    assert markdown(book).splitlines()[2:] == [
+        "| a | pause | 2 ms | 9 ms | ≤ 3 ms | reached |",
+        "| a | rate | 2 1/s | 1 1/s | ≥ 3 1/s | missed |",
+    ]
     assert "criu takes 10.0 times as long" in table(book)
