@@ -41,6 +41,7 @@ def test_a_flipped_bit_is_found_before_anything_runs(
 ) -> None:
     """Of memory that is filled in at once: here that is all."""
     monkeypatch.setitem(podtree.env, "PODTREE_LAZY_BYTES", str(1 << 40))
+    monkeypatch.setitem(podtree.env, "PODTREE_STANDBY_S", "0")  # one made ready before the damage would have none
     pod = podtree.run(SYSTEM_PYTHON, "-c", PROGRAM, str(size))
     pod.wait_log("ready")
     ref = pod.checkpoint()

@@ -105,9 +105,13 @@ def verify_shared(image_fd: int, manifest: Manifest) -> None:
         contents.verify(image_fd, key, size)
 
 
-def _portable(spec: Any) -> Any:
-    """A pod's spec without what names places of one machine: an import may have changed those."""
-    return {key: value for key, value in spec.items() if key not in _PLACES} if isinstance(spec, dict) else spec
+def _same_spec(one: Any, other: Any) -> bool:
+    """Whether two specs say the same of what both know: an import may have changed what names places of one machine,
+    and was perhaps made by a newer podtree, whose specs have more fields.
+    """
+    if not (isinstance(one, dict) and isinstance(other, dict)):
+        return False
+    return all(one[key] == other[key] for key in one.keys() & other.keys() if key not in _PLACES)
 
 
 def problems(image: Path, spec: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -121,7 +125,7 @@ def problems(image: Path, spec: dict[str, Any]) -> Iterator[tuple[str, str]]:
         return
     try:
         manifest = manifest_file.load(fd)
-        if _portable(msgspec.json.decode(manifest.spec)) != _portable(spec):
+        if not _same_spec(msgspec.json.decode(manifest.spec), spec):
             yield "manifest", "was saved with another spec than meta.json has"
         files = [f"mem/{name}" for name in page_files(manifest)]
         files += [f"{contents.DIRECTORY}/{contents.check_key(key)}" for key in shared_contents(manifest)]
