@@ -215,6 +215,7 @@ def test_on_and_off(podtree: Podtree) -> None:
     pod = podtree.run(SYSTEM_PYTHON, "-c", COUNTER)
     assert podtree.json("record", pod.name) == {"pod": pod.name, "recorded": False}
     assert "isn't recorded" in podtree("record", pod.name).out
+    assert "isn't recorded" in podtree("record", pod.name, "--off").out
     podtree("record", pod.name, "--every", "100ms")
     taken(pod, 2)
     podtree("record", pod.name, "--off")

@@ -70,7 +70,7 @@ def command(ref: str, off: bool, as_json: bool, **options: Any) -> None:
         result = {"pod": pod.name, "recorded": False}
     if as_json:
         common.print_json(result)
-    elif not result["recorded"] and not off:
+    elif "taken" not in result:
         click.echo(f"{pod.name} isn't recorded")
     else:
         click.echo(_sentence(result))

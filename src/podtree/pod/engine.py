@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 
 Lost = Callable[[RestoreFailed], None]
+Captured = Callable[[dict[str, Any]], None]
 
 
 class _Lazy:
@@ -117,11 +118,11 @@ def check(supervisor: Supervisor, shared: Policy | None = None) -> list[Problem]
 class _Progress:
     """Tells everybody how far a checkpoint is, from when it is captured until it is durable or lost.
 
-    `captured` is told once, with what can be said of it then.
+    `captured` is told once, with what can be said of it then; None: who asked for it waits.
     """
 
     def __init__(
-        self, supervisor: Supervisor, draft: Draft, message: str, captured: Callable[[dict[str, Any]], None]
+        self, supervisor: Supervisor, draft: Draft, message: str, captured: Captured | None
     ) -> None:
         self._directory = supervisor.dirs.pod
         self._draft = draft
@@ -133,8 +134,11 @@ class _Progress:
     def reached(self, state: State, pause_s: float) -> None:
         if self._note is None:
             self.since = time.monotonic()
-            self._note = pending.begun(self._draft.id, self._message, time.time_ns())
+            told = self._captured is not None
+            self._note = pending.begun(self._draft.id, self._message, time.time_ns(), told=told)
             self._tell(state)
+            if self._captured is None:
+                return
             self._captured({"id": self._draft.id, "state": state.value, "pause_ms": round(pause_s * 1e3, 3)})
         else:
             self._tell(state)
@@ -146,9 +150,15 @@ class _Progress:
                 pending.note(self._directory, msgspec.structs.replace(self._note, state=state, error=error))
 
     def failed(self, error: BaseException) -> None:
+        """Lost, for who doesn't wait; who does hears of the error itself."""
+        if self._captured is None:
+            self.done()
+            return
         self._tell(State.LOST, str(error) or type(error).__name__)
 
     def done(self) -> None:
+        if self._note is None:
+            return
         with contextlib.suppress(OSError):
             pending.forget(self._directory, self._draft.id)
 
@@ -159,7 +169,7 @@ def checkpoint(
     stop: bool = False,
     message: str = "",
     recorded: bool = False,
-    captured: Callable[[dict[str, Any]], None] = lambda _told: None,
+    captured: Captured | None = None,
     notes: dict[str, Any] | None = None,
     shared: Policy | None = None,
 ) -> dict[str, Any]:

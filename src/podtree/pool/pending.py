@@ -29,24 +29,27 @@ class State(enum.StrEnum):
 
 
 class Pending(msgspec.Struct, frozen=True, kw_only=True):
-    """One that isn't durable. `pid`, `start`, `boot`: the process that writes it; `error`: why it is lost."""
+    """One that isn't durable. `pid`, `start`, `boot`: the process that writes it; `error`: why it is lost. `told`:
+    somebody knows its id and doesn't wait for it; of the others only their number is shown (`podtree top`).
+    """
 
     id: CheckpointId
     state: State
     time_ns: int  # CLOCK_REALTIME of the frozen instant
     message: str = ""
+    told: bool = True
     pid: int = 0
     start: int = 0
     boot: str = ""
     error: str = ""
 
 
-def begun(checkpoint: CheckpointId, message: str, time_ns: int) -> Pending:
+def begun(checkpoint: CheckpointId, message: str, time_ns: int, *, told: bool = True) -> Pending:
     """A note of this process's: captured."""
     pid = os.getpid()
     return Pending(
-        id=checkpoint, state=State.CAPTURED, time_ns=time_ns, message=message, pid=pid,
-        start=liveness.start_time(pid) or 0, boot=liveness.boot_id(),
+        id=checkpoint, state=State.CAPTURED, time_ns=time_ns, message=message, told=told,
+        pid=pid, start=liveness.start_time(pid) or 0, boot=liveness.boot_id(),
     )  # fmt: skip
 
 

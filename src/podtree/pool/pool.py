@@ -511,10 +511,10 @@ class Pool:
         return [rows.checkpoint(row) for row in found], [rows.pod(row) for row in pods]
 
     def all_pending(self, pod: PodId | None = None) -> list[Pending]:
-        """Checkpoints that aren't durable, or are lost: of all pods that are there, or of one."""
+        """Checkpoints of which somebody was told, and that aren't durable: of all pods that are there, or of one."""
         pods = [record.id for record in self.pods()] if pod is None else [pod]
         notes = [note for one in pods for note in pending.read(self.store.pod_dir(one))]
-        return [note for note in notes if not self.has_checkpoint(note.id)]
+        return [note for note in notes if note.told and not self.has_checkpoint(note.id)]
 
     def pending(self, ref: str) -> Pending | None:
         """The one of them whose id begins so."""
