@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import msgspec
 
@@ -175,6 +175,11 @@ class _Import:
             raise UsageError(f"the pod had {', '.join(weaker)} read-only", "add :ro")
         return msgspec.structs.replace(spec, volumes=tuple(given[target] for target in wanted))
 
+    def _stored(self, spec: PodSpec) -> dict[str, Any]:
+        """The spec as it came but for this machine's directories: what another podtree didn't write stays unwritten."""
+        here = spec.to_dict()
+        return {**self.config.spec, "volumes": here["volumes"], "rootfs": here["rootfs"]}
+
     def _known(self) -> Imported:
         """It is there already, if it is the same."""
         record = self.pool.checkpoint(self.id)
@@ -296,7 +301,7 @@ class _Import:
         )
 
     def _verify(self, draft: Path, spec: PodSpec) -> None:
-        for file, what in check_image(draft / "img", spec.to_dict(), problems):
+        for file, what in check_image(draft / "img", self._stored(spec), problems):
             raise Damaged(f"the checkpoint in the export is damaged: img/{file}: {what}")
         fd = os.open(draft / "img", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
@@ -317,7 +322,7 @@ class _Import:
             Newcomer(
                 id=self.id, pod=PodId(config.pod), pod_name=config.pod_name, number=config.number,
                 line=tuple(CheckpointId(one) for one in config.line), time_ns=config.time_ns, message=config.message,
-                summary=config.summary, spec=spec.to_dict(), tags=tuple(wanted),
+                summary=config.summary, spec=self._stored(spec), tags=tuple(wanted),
             ),
         )  # fmt: skip
         taken = [name for name in wanted if name not in tags]
