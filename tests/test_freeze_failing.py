@@ -148,8 +148,8 @@ def test_left_in_a_script_while_it_is_stopped() -> None:
             os.waitid(os.P_PID, tracer, os.WEXITED | os.WNOWAIT)
         freezer = Freezer(lambda: [pid])
         frozen = freezer.freeze()
-        assert frozen.processes[0].leader.sigmask == 0
-        assert frozen.processes[0].leader.group_stop == signal.SIGSTOP
+        assert frozen.processes[0].first.sigmask == 0
+        assert frozen.processes[0].first.group_stop == signal.SIGSTOP
         frozen.release()
         until(lambda: procfs.stat(pid).state == "T", "the child is stopped as before")
 

@@ -54,13 +54,13 @@ class FrozenProcess:
 
     @property
     def living(self) -> int:
-        """Host tid of `first`."""
-        return self.tasks[0].tid
+        """Host tid of `first`; the process's own number where its tasks aren't told."""
+        return self.tasks[0].tid if self.tasks else self.host_pid
 
     @property
     def leaderless(self) -> bool:
         """The leader has ended while other threads live on."""
-        return not self.zombie and self.tasks[0].tid != self.host_pid
+        return self.living != self.host_pid
 
 
 @dataclass(slots=True)

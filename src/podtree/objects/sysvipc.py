@@ -270,17 +270,16 @@ def _collect_undo(sets: tuple[SemaphoreSet, ...], ctx: CollectContext) -> Iterat
     for process in ctx.processes:
         if process.zombie or ctx.sharing.of(process.pid).undo:
             continue
-        own = [task for task in process.tasks if "undo" in ctx.sharing.own.get(task.inner_tid, ())]
-        for task in [process.first, *own]:
-            if not kcmp.has_undo_list(task.tid):
+        own = [(t.inner_tid, t.tid) for t in process.tasks if "undo" in ctx.sharing.own.get(t.inner_tid, ())]
+        for holder, tid in [(process.pid, process.living), *own]:
+            if not kcmp.has_undo_list(tid):
                 continue
             memory = insight.memory()
             if memory is None:
                 reason = "may have adjustments pending (SEM_UNDO), which no call tells"
                 ctx.refuse(process, "System V semaphores", reason, insight.why_not())
                 continue
-            holder = process.pid if task is process.first else task.inner_tid
-            for number, adjustments in _read_undo(memory, task.tid, {state.id: len(state.values) for state in sets}):
+            for number, adjustments in _read_undo(memory, tid, {state.id: len(state.values) for state in sets}):
                 if any(adjustments):
                     yield Undo(holder, number, adjustments)
 
