@@ -143,8 +143,6 @@ class Restore:
         self._manifest = manifest = confine(manifest, self.bounds)
         if self._waits and any(p.shared.memory for p in manifest.processes):
             raise RestoreFailed("processes that share memory can't be given their clocks later")  # setns(2)
-        if self._waits and any(process.shared.memory for process in manifest.processes):
-            raise RestoreFailed("who shares its memory can't enter a time namespace later")  # kernel/time/namespace.c
         check = None if verified else PageCheck(self._image_fd, manifest)
         try:
             steps = plan.plan_image(manifest)
