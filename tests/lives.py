@@ -98,10 +98,12 @@ class End:
         return self.code == 0 and "BAD" not in self.text and "OK" in self.text.split()
 
 
-def start_together(podtree: Podtree, commands: Mapping[str, Sequence[str | Path]], name: str) -> Pod:
+def start_together(
+    podtree: Podtree, commands: Mapping[str, Sequence[str | Path]], name: str, options: tuple[str, ...] = ()
+) -> Pod:
     """Runs programs side by side in one pod until each has said READY (or ended, which `ends` tells)."""
     starts = "\n".join(f"one {case} {shlex.join(map(str, words))} &" for case, words in commands.items())
-    pod = podtree.run("bash", "-c", TOGETHER.format(base=IN_POD, starts=starts), name=name)
+    pod = podtree.run("bash", "-c", TOGETHER.format(base=IN_POD, starts=starts), name=name, options=options)
     missing = f"""cd {IN_POD}; for c in {" ".join(commands)}; do
         [ -e $c.end ] || grep -qsx READY $c.out || echo $c; done; echo all"""
     pod.wait_output(missing, lambda out: out == "all\n", "all programs are READY", 90)

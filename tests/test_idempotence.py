@@ -21,8 +21,9 @@ from test_objects_in_pod import ALONE, REFUSED
 
 PYTHON = (
     *("processes", "descriptors", "watching", "pidfds", "views", "mqueues", "aio"),
-    *("sockets", "signals", "credentials", "sysvipc"),
+    *("sockets", "signals", "credentials", "sysvipc", "nesting"),
 )
+OPTIONS = {"nesting": ("--nested",)}
 COMPILED = ("threads", "leaders", "sharing", "attributes", "mappings")
 ACTIVE = {  # they go on changing while they are looked at
     "vfork_like_execs", "pipeline", "same_instant", "tcp_churn", "unix_churn", "tcp_stream", "interval_timers",
@@ -102,7 +103,8 @@ def test_same_state_again(podtree: Podtree, compiled: Callable[[str], Path], pro
     source = f"{program}.py" if program in PYTHON else f"{program}.c"
     cases = [c for c in cases_of(source) if c not in ACTIVE and not {(program, c)} & (ALONE | REFUSED.keys())]
     start: list[str | Path] = [SYSTEM_PYTHON, PROGRAMS / source] if program in PYTHON else [compiled(program)]
-    origin = start_together(podtree, {case: [*start, case] for case in cases}, program)
+    commands = {case: [*start, case] for case in cases}
+    origin = start_together(podtree, commands, program, OPTIONS.get(program, ()))
     first = origin.checkpoint()
     origin.kill()
     branch = podtree.branch(first, origin.name)

@@ -32,6 +32,13 @@ def test_known_escapes(podtree: Podtree) -> None:
         assert_harmless(one.logs())
 
 
+def test_known_escapes_from_a_user_namespace(podtree: Podtree) -> None:
+    """With --nested: outside of a user namespace as without, but for the calls themselves; in one no more."""
+    pod = podtree.run("sleep", "1000", name="nest", options=["--nested"])
+    assert_harmless(pod.exec(SYSTEM_PYTHON, ESCAPES, "--nested"))
+    assert pod.exec("sh", "-c", "unshare -m true 2>&1; mount -t tmpfs none /mnt 2>&1", code=None).count("ermi") == 2
+
+
 def test_nothing_of_the_host_is_open_with_a_terminal(podtree: Podtree) -> None:
     """A pod's terminal is one of its own /dev/pts, whatever the command's is."""
     pod = podtree.run("sleep", "1000", name="cell", options=["-t"])

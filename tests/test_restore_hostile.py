@@ -35,12 +35,14 @@ FAR = 100_000  # no open file has that number
 class Victim:
     """One checkpoint with nearly everything in it; branches of it get their image edited before they are started."""
 
-    def __init__(self, podtree: Podtree, shown: Path) -> None:
+    def __init__(self, podtree: Podtree, shown: Path, *words: str, options: tuple[str, ...] = ()) -> None:
+        """`words`: the program and its arguments, one of tests/programs."""
         self.podtree = podtree
         self.shown = shown
+        program, *arguments = words or ("everything.py",)
         pod = podtree.run(
-            SYSTEM_PYTHON, PROGRAMS / "everything.py", name="victim", options=["-v", f"{shown}:/shown"]
-        )  # fmt: skip
+            SYSTEM_PYTHON, PROGRAMS / program, *arguments, name="victim", options=["-v", f"{shown}:/shown", *options]
+        )
         pod.wait_log("READY")
         self.checkpoint = CheckpointId(pod.checkpoint())
         podtree("checkpoint", pod.name, "--stop")
@@ -172,7 +174,17 @@ def test_unchanged(victim: Victim) -> None:
     assert victim.attempt(msgspec.msgpack.encode(victim.payload())) is None
 
 
+def user_namespace(image: Image) -> None:
+    """Puts process 1 into one, with all capabilities."""
+    ids = [[0, 0, 1 << 16]]
+    one = {"id": 1, "parent": 0, "owner": 0, "uids": ids, "gids": ids, "setgroups": True}
+    image["nesting"] = {"users": [one]}
+    leader(image)["member"] = {"user": 1}
+    thread(image)["credentials"]["permitted"] = (1 << 41) - 1
+
+
 MORE_PRIVILEGES: dict[str, Edit] = {
+    "a user namespace": user_namespace,
     **{f"capabilities {name}": put((1 << 41) - 1, "threads", 0, "credentials", name)
        for name in ("permitted", "effective", "inheritable", "bounding", "ambient")},
     "CAP_SYS_ADMIN alone": put(1 << 21, "threads", 0, "credentials", "permitted"),

@@ -81,11 +81,13 @@ class Pool:
         cpus: float | None = None,
         pids: int | None = None,
         auto_remove: bool = False,
+        nested: bool = False,
         external: str | None = None,
         every: str | None = None,
     ) -> Pod:
         """A new pod in the background. `volumes` as -v's arguments, `memory` in bytes or like "512m".
 
+        `nested`: its programs may make user namespaces.
         `external`: what becomes, in its checkpoints, of what it shares with the outside: "refuse", "keep" or "close".
         `every`: the pod is recorded from its beginning, see Pod.start_recording.
         """
@@ -104,6 +106,7 @@ class Pool:
             cpus=cpus,
             pids=pids,
             auto_remove=auto_remove,
+            nested=nested,
             external=policy(external) or "refuse",
         )
         recorded = None if every is None else recorder.make(every)

@@ -406,8 +406,10 @@ class Checkpointer:
             ipc=ipc,
             tmpfs=mounts,
             queues=table.queues.named(),
+            nesting=collected.nesting,
         )
         _refuse_what_cannot_grow(manifest, context)
+        collect.refuse_what_nesting_forbids(manifest, context)
         return manifest, views
 
     def _stdio_sets(self, frozen: Frozen) -> Iterator[StdioSet]:
@@ -502,7 +504,7 @@ class Checkpointer:
         total = 0
         for pid in self.live.pids():
             with contextlib.suppress(OSError, ValueError):
-                inner = procfs.ns_pids(procfs.status(pid))[-1]
+                inner = procfs.pod_id(procfs.status(pid))
                 tracker = self._trackers.get(inner)
                 if inner not in self._borrowers and (tracker is None or not tracker.complete):
                     text = procfs.status(procfs.living_thread(pid))

@@ -6,7 +6,6 @@ task can only tell itself, it tells by a script; see `_interview`.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
 import time
@@ -15,6 +14,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from podtree.freeze import Frozen
+from podtree.image.manifest import Manifest
 from podtree.kernel import mm, procfs, ptrace
 from podtree.kernel.mountinfo import mounts_of
 from podtree.kernel.pidfd import pidfd_getfd
@@ -27,6 +27,7 @@ from podtree.objects import (
     credentials,
     ldt,
     memory,
+    nesting,
     processes,
     scheduling,
     seccomp,
@@ -41,9 +42,10 @@ from podtree.objects.contents import Contents
 from podtree.objects.context import CollectContext, FrozenProcess, FrozenTask
 from podtree.objects.descriptors import Fd, FileTable
 from podtree.objects.held import OWN_TMPFS
-from podtree.objects.memory import Memory, Vma
+from podtree.objects.memory import Memory, Vma, VmaKind
+from podtree.objects.nesting import POD, Membership, Nesting
 from podtree.objects.processes import Place, Process, Zombie
-from podtree.objects.tables import Directories
+from podtree.objects.tables import KINDS, Directories, SharedTables
 from podtree.objects.threads import EndedLeader, Thread
 from podtree.objects.tmpfs import TmpfsMount
 from podtree.script.task import Remote, Results, Scratch, Script
@@ -68,7 +70,7 @@ class ProcessView:
     uffd: int = -1  # a new userfaultfd of its address space, if one was wanted
     unreported_stops: set[int] = field(default_factory=set)  # stopped children that it hasn't waited for
     read_ns: int = 0  # our CLOCK_MONOTONIC when the script ran
-    last_pid: int = 0  # of the pid namespace, asked of the pod's first process
+    last_pid: int = 0  # of the pid namespace that it is the first process of
     lock_future: int = 0  # of mlockall(2)
     ldt: bytes = b""  # its local descriptor table
     rearranged: bool = False  # its mappings are no longer all as `entries` says
@@ -101,12 +103,16 @@ def look(frozen: Frozen, ctx: CollectContext, maps: MapCache, *, track: bool = T
     return views
 
 
-def _stopped_children(frozen: Frozen) -> dict[int, list[int]]:
-    """Host pid of each parent -> inner pids of its children that are stopped by job control."""
-    found: dict[int, list[int]] = {}
+def _stopped_children(frozen: Frozen) -> dict[int, list[tuple[int, int]]]:
+    """Host pid of each parent -> its children that are stopped by job control: the pod's pid, what it calls them."""
+    found: dict[int, list[tuple[int, int]]] = {}
+    depths = {p.host_pid: len(procfs.ns_pids(p.first.status)) for p in frozen.processes if not p.zombie}
     for process in frozen.processes:
         if not process.zombie and process.first.group_stop:
-            found.setdefault(procfs.stat(process.host_pid).ppid, []).append(process.pid)
+            parent = procfs.stat(process.host_pid).ppid
+            numbers = procfs.ns_pids(procfs.status(process.host_pid))
+            number = numbers[depths[parent] - 1] if parent in depths else process.pid
+            found.setdefault(parent, []).append((process.pid, number))
     return found
 
 
@@ -125,7 +131,7 @@ def _can_run_scripts(view: ProcessView, ctx: CollectContext) -> bool:
     return True
 
 
-def _interview(view: ProcessView, stopped_children: list[int], *, track: bool) -> None:
+def _interview(view: ProcessView, stopped_children: list[tuple[int, int]], *, track: bool) -> None:
     """Run the scripts of one process: the first thread's, which tells for the process too, then each other's."""
     process = view.process
     assert view.vdso is not None
@@ -152,7 +158,7 @@ def _interview(view: ProcessView, stopped_children: list[int], *, track: bool) -
             if not view.borrowed:
                 view.lock_future = memory.future_locks(process.living, view.entries, area.address)
             view.unreported_stops = processes.read_stops(asked_stops, view.results)
-            if process.pid == 1:
+            if process.pid == 1 or procfs.inner_id(process.first.status) == 1:
                 view.last_pid = _ask_last_pid(remote, area)
             _add_thread(view, 0, asked_thread, view.results)
             if len(process.tasks) > 1:
@@ -228,13 +234,16 @@ class Collected:
     processes: list[Process]
     zombies: list[Zombie]
     last_pid: int
+    nesting: Nesting
 
 
 def collect_processes(
     frozen: Frozen, views: list[ProcessView], ctx: CollectContext, table: FileTable
 ) -> Collected:
     """Turn what was seen into state; problems go to `ctx`."""
-    places = processes.collect_places(frozen.processes)
+    living = [p for p in frozen.processes if not p.zombie]
+    nested = nesting.collect(living, ctx, {v.process.pid: v.last_pid for v in views})
+    places = processes.collect_places(frozen.processes, nested, ctx)
     inner_tid = {t.tid: t.inner_tid for p in frozen.processes for t in p.tasks}
     mapped: dict[tuple[tuple[int, int], int, str, bool], int | None] = {}
     unreported = {pid for v in views for pid in v.unreported_stops}
@@ -245,8 +254,9 @@ def collect_processes(
         for v in views
     ]
     zombies = [_collect_zombie(p, places[p.pid]) for p in frozen.processes if p.zombie]
-    _refuse_namespaces(frozen, ctx)
-    return Collected(found, zombies, max((v.last_pid for v in views), default=0))
+    found = [msgspec.structs.replace(p, member=nested.of(p.place.pid)) for p in found]
+    last_pid = next((v.last_pid for v in views if v.process.pid == 1), 0)
+    return Collected(found, zombies, last_pid, nested.nesting)
 
 
 def _collect_process(
@@ -394,9 +404,6 @@ def _collect_zombie(process: FrozenProcess, place: Place) -> Zombie:
     return Zombie(place=place, comm=os.fsencode(process.comm), status=stat.exit_code)
 
 
-_NAMESPACES = ("mnt", "net", "ipc", "uts", "cgroup", "pid", "user", "time")
-
-
 def _refuse_task_state(view: ProcessView, ctx: CollectContext, results: Results) -> None:
     """What a task can have and this engine does not save."""
     process, asked = view.process, view.asked
@@ -411,24 +418,33 @@ def _refuse_task_state(view: ProcessView, ctx: CollectContext, results: Results)
             ctx.refuse(process, f"thread {thread.tid}", "its FPU state can't be read")
 
 
-def _refuse_namespaces(frozen: Frozen, ctx: CollectContext) -> None:
-    """Namespaces other than the pod's."""
-    living = [p for p in frozen.processes if not p.zombie]
-    if not living:
-        return
-    init = living[0]
-    names = {n: _namespace(init.living, n) for n in _NAMESPACES}
-    for process in living:
-        for task in process.tasks:
-            for name, expected in names.items():
-                if _namespace(task.tid, name) != expected:
-                    ctx.refuse(process, f"{name} namespace", "is not the pod's own")
-
-
-def _namespace(tid: int, name: str) -> str:
-    with contextlib.suppress(FileNotFoundError):
-        return os.readlink(f"/proc/{tid}/ns/{name}")
-    return ""
+def refuse_what_nesting_forbids(manifest: Manifest, ctx: CollectContext) -> None:
+    """What a process in a user namespace of its own could not be given again: it has no rights over the pod's."""
+    frozen = {p.pid: p for p in ctx.processes}
+    spaces = {p.place.pid: p.place.space for p in manifest.processes}
+    apart = {p.place.pid for p in manifest.processes if p.member != Membership()}
+    tracers = {t.tid for p in manifest.processes if p.place.pid in apart for t in p.threads}
+    for process in manifest.processes:
+        one, member = frozen[process.place.pid], process.member
+        owners = {process.place.pid} if member != Membership() and process.shared != SharedTables() else set()
+        owners |= {getattr(process.shared, kind) for kind in KINDS}
+        if owners & apart:
+            ctx.refuse(one, "tables in common", "are shared by processes of which one is in a namespace made inside")
+        for thread in process.threads:
+            inside = member != Membership()
+            if (inside and thread.own_tables) or (thread.tracing and (inside or thread.tracing.tracer in tracers)):
+                reason = "is traced, or has tables for itself, with a namespace made inside"
+                ctx.refuse(one, f"thread {thread.tid}", reason)
+        if member != Membership() and process.ended_leader:
+            ctx.refuse(one, "thread group", "its leader has ended, in a namespace made inside")
+        if member.user == POD:
+            continue
+        if any(vma.kind is VmaKind.SYSV for vma in process.memory.vmas):
+            ctx.refuse(one, "System V shared memory", "is attached in a user namespace of its own")
+    for file in manifest.files:
+        owner = file.owner
+        if owner and spaces[owner.pid] != POD and spaces.get(owner.id, POD) != spaces[owner.pid]:
+            ctx.refuse(frozen[owner.pid], f"fd {owner.fd}", "has an owner (F_SETOWN) outside of the pid namespace")
 
 
 def collect_tmpfs_mounts(living: int, ctx: CollectContext, contents: Contents) -> tuple[TmpfsMount, ...]:

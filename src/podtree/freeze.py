@@ -171,7 +171,7 @@ def _is_undone(call: int, error: int) -> bool:
 def _stuck_problem(stuck: NotStopped) -> Problem:
     try:
         text = procfs.status(stuck.tid)
-        pid, comm = procfs.ns_pids(text)[-1], text["Name"]
+        pid, comm = procfs.pod_id(text), text["Name"]
     except OSError:
         pid, comm = 0, ""
     return Problem(
@@ -198,7 +198,7 @@ def _describe(frozen: Frozen, pids: Iterable[int], restarts: Restarts) -> list[F
             continue
         if int(text["Tgid"]) != pid:
             continue
-        inner = procfs.ns_pids(text)[-1]
+        inner = procfs.pod_id(text)
         tids = [t for t in procfs.threads(pid) if t in frozen.stopped]
         if text["State"][0] in "ZX" and not tids:
             found.append(FrozenProcess(pid, inner, text["Name"], -1, zombie=True))
@@ -225,7 +225,7 @@ def _describe_task(frozen: Frozen, pid: int, tid: int, restarts: Restarts) -> Fr
     stop = frozen.stopped[tid]
     task = FrozenTask(
         tid=tid,
-        inner_tid=procfs.ns_pids(text)[-1],
+        inner_tid=procfs.pod_id(text),
         regs=ptrace.get_regs(tid),
         sigmask=ptrace.get_sigmask(tid),
         status=text,

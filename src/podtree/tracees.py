@@ -410,7 +410,7 @@ def _take_note(tid: int) -> None:
 
 def _refuse_traced(pid: int, tid: int, reason: str, hint: str) -> Refused:
     comm = procfs.read_text(f"/proc/{pid}/task/{tid}/comm").strip()
-    inner = procfs.ns_pids(procfs.status(pid))[-1]
+    inner = procfs.pod_id(procfs.status(pid))
     return Refused([Problem(pid=inner, comm=comm, object="ptrace", reason=reason, hint=hint)])
 
 

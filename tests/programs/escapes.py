@@ -2,6 +2,7 @@
 
 escapes.py            tries them all; prints DONE and how many
 escapes.py FILE       prints READY, and does so when FILE is there
+escapes.py --nested   does so as root of a user namespace of its own, with all others that it can get
 """
 
 from __future__ import annotations
@@ -318,8 +319,114 @@ def limits_of_others() -> Iterator[str]:
         yield "a negative nice value"
 
 
+# ---- with `run --nested`: as root of a user namespace
+
+MAY_NESTED = {
+    "fsconfig", "fsmount", "fsopen", "fspick", "mount", "mount_setattr", "move_mount", "open_tree", "pivot_root",
+    "setdomainname", "setns", "umount2", "unshare",
+}  # fmt: skip
+NOT_NESTED = {forbidden_calls, namespaces, calls_of_32_bits, the_log}  # what may be called; what it can't see at all
+NESTED: list[Callable[[], Iterator[str]]] = []
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT, MS_BIND, MS_REC = 1, 2, 4, 8, 32, 4096, 16384
+
+
+def nested_attempt(function: Callable[[], Iterator[str]]) -> Callable[[], Iterator[str]]:
+    """Registers an attempt of somebody in a user namespace, made before the others."""
+    NESTED.append(function)
+    return function
+
+
+def mounted(source: str | None, target: str, fstype: str | None = None, flags: int = 0) -> bool:
+    """mount(2)."""
+    words = [text.encode() if text else None for text in (source, target, fstype)]
+    return libc.mount(*words, ctypes.c_ulong(flags), None) == 0
+
+
+@nested_attempt
+def still_forbidden_calls() -> Iterator[str]:
+    for name in FORBIDDEN.keys() - MAY_NESTED:
+        if call(FORBIDDEN[name], 0, 0, 0, 0, 0, 0) not in (-errno.EPERM, -errno.ENOSYS):
+            yield name
+    for name in ("NEWTIME", "NEWCGROUP"):
+        if call(272, CLONE[name]) >= 0 or call(272, CLONE[name] | CLONE["NEWUSER"]) >= 0:
+            yield f"unshare of {name}"
+    pid = call(56, CLONE["NEWUSER"] | CLONE["NEWCGROUP"] | 17, 0, 0, 0, 0)
+    if pid == 0:
+        os._exit(0)
+    if pid > 0:
+        yield "clone with NEWCGROUP"
+
+
+@nested_attempt
+def namespaces_of_the_pod() -> Iterator[str]:
+    for kind in os.listdir("/proc/self/ns"):
+        with contextlib.suppress(OSError), open(f"/proc/1/ns/{kind}") as file:
+            if call(308, file.fileno(), 0) >= 0:
+                yield f"setns to {kind}"
+
+
+@nested_attempt
+def file_systems() -> Iterator[str]:
+    """A new /proc or /sys without what hides parts of it, control groups, disks."""
+    os.makedirs("/tmp/new", exist_ok=True)
+    with open("/proc/filesystems") as file:
+        every = [line.split()[-1] for line in file]
+    # binfmt_misc: of the user namespace's own
+    harmless = {"binfmt_misc", "tmpfs", "ramfs", "mqueue", "devpts", "overlay", "fuse", "fuseblk", "fusectl", "bpf"}
+    for flags in (0, MS_RDONLY, MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC):
+        for fstype in sorted({*every, "proc", "sysfs", "cgroup", "cgroup2"} - harmless):
+            if mounted("none", "/tmp/new", fstype, flags):
+                yield f"a new {fstype} {os.listdir('/tmp/new')[:5]}"
+                libc.umount2(b"/tmp/new", 2)
+
+
+@nested_attempt
+def uncovered() -> Iterator[str]:
+    """What hides something can be neither unmounted nor made writable, and no second look goes behind it."""
+    points = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    for point in reversed(points):
+        if point != "/" and libc.umount2(point.encode(), 2) == 0:
+            yield f"unmounted {point}"
+        mounted(None, point, None, MS_REMOUNT | MS_BIND)
+        mounted(None, point, None, MS_REMOUNT | MS_BIND | MS_NOSUID | MS_NOEXEC)
+    os.makedirs("/tmp/second", exist_ok=True)
+    for flags in (MS_BIND, MS_BIND | MS_REC):
+        if mounted("/", "/tmp/second", None, flags):
+            if os.listdir("/tmp/second/.podtree") or can(lambda: os.mkdir("/tmp/second/.podtree/x")):
+                yield "could use /.podtree"
+            if can(lambda: os.rename("/tmp/second/.podtree", "/tmp/second/moved")):
+                yield "could move /.podtree"
+            if can(lambda: os.rmdir("/tmp/second/.podtree")):
+                yield "could remove /.podtree"
+            libc.umount2(b"/tmp/second", 2)
+    for path in ("/proc", "/proc/sys", "/sys", "/dev"):
+        if mounted(path, "/tmp/second", None, MS_BIND):
+            if path != "/dev" and can(lambda: write("/tmp/second/kernel/core_pattern", "x")):
+                yield f"{path} is writable when bound elsewhere"
+            libc.umount2(b"/tmp/second", 2)
+
+
+def enter_nested() -> None:
+    """All the rights that can be had."""
+    me, (reader, writer) = os.getpid(), os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.close(writer)
+        os.read(reader, 1)
+        for name in ("uid_map", "gid_map"):
+            Path(f"/proc/{me}/{name}").write_text("0 0 4294967295")
+        os._exit(0)
+    wanted = [CLONE[name] for name in ("NEWUSER", "NEWNS", "NEWIPC", "NEWUTS", "NEWNET")]
+    assert libc.unshare(sum(wanted)) == 0, "the pod isn't --nested"
+    os.close(writer)
+    assert os.waitpid(pid, 0)[1] == 0
+    ATTEMPTS[:] = [*NESTED, *(one for one in ATTEMPTS if one not in NOT_NESTED)]
+
+
 def main() -> None:
-    if len(sys.argv) > 1:
+    if sys.argv[1:] == ["--nested"]:
+        enter_nested()
+    elif len(sys.argv) > 1:
         print("READY", flush=True)
         while not os.path.exists(sys.argv[1]):
             time.sleep(0.05)

@@ -31,6 +31,7 @@ from podtree.recorder.settings import Settings
 @click.option("--memory", metavar="SIZE", help="At most this much memory: 512m.")
 @click.option("--cpus", type=float, metavar="N", help="At most this many CPUs: 1.5.")
 @click.option("--pids", type=int, metavar="N", help="At most this many tasks [half of the machine's].")
+@click.option("--nested", is_flag=True, help="Let programs make user namespaces, and others in them.")
 @click.option("--rm", "remove", is_flag=True, help="Remove the pod when it ends, unless it has checkpoints.")
 @common.external_option
 @click.option("--detach-keys", default=specs.DEFAULT_DETACH_KEYS, show_default=True, metavar="KEYS")
@@ -51,6 +52,7 @@ def command(
     memory: str | None,
     cpus: float | None,
     pids: int | None,
+    nested: bool,
     remove: bool,
     external: str | None,
     detach_keys: str,
@@ -84,6 +86,7 @@ def command(
         pids=pids,
         auto_remove=remove,
         external=policy(external) or "refuse",
+        nested=nested,
     )
     size = common.terminal_size() if stdio == "tty" else None
     if detach:

@@ -14,6 +14,7 @@ import msgspec
 from podtree.errors import Damaged
 from podtree.objects.descriptors import OpenFile
 from podtree.objects.mqueue import PosixQueue
+from podtree.objects.nesting import Nesting
 from podtree.objects.processes import Process, Zombie
 from podtree.objects.sysvipc import IpcState
 from podtree.objects.tmpfs import TmpfsMount
@@ -66,6 +67,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     ipc: IpcState
     tmpfs: tuple[TmpfsMount, ...]
     queues: tuple[PosixQueue, ...] = ()
+    nesting: Nesting = Nesting()
 
 
 _encoder = msgspec.msgpack.Encoder()

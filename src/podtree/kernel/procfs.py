@@ -157,6 +157,22 @@ def last_ran_ns(tid: int) -> int:
     return -1
 
 
+def pod_id(text: dict[str, str], key: str = "NSpid") -> int:
+    """The number in the pod's pid namespace, the one below the reader's; 0 if it has none there.
+
+    `key`: of which one: also NSpgid, NSsid.
+    """
+    ids = text.get(key, "").split()
+    depth = len(ns_pids(text))
+    return int(ids[min(1, depth - 1)]) if len(ids) == depth else 0
+
+
+def inner_id(text: dict[str, str], key: str = "NSpid") -> int:
+    """Likewise, in the innermost pid namespace that the task is in."""
+    ids = text.get(key, "").split()
+    return int(ids[-1]) if len(ids) == len(ns_pids(text)) else 0
+
+
 def ns_pids(text: dict[str, str]) -> list[int]:
     """NSpid of a status: the id in each pid namespace, the reader's first, the innermost last."""
     return [int(v) for v in text["NSpid"].split()]

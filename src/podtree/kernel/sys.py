@@ -61,6 +61,7 @@ class NR(enum.IntEnum):
     recvfrom = 45
     sendmsg = 46
     recvmsg = 47
+    socketpair = 53
     clone = 56
     fork = 57
     vfork = 58

@@ -78,6 +78,7 @@ class CollectContext:
     external: external.Policy = "refuse"  # what becomes of what is shared with the outside
     shown: tuple[bytes, ...] = ()  # where -v shows something of the host, in the pod
     problems: list[Problem] = field(default_factory=list)
+    networks: dict[int, int] = field(default_factory=dict)  # id of a net namespace made inside -> host pid of one in it
     on_hold: Callable[[], None] = lambda: None  # the pod stays stopped from here on even if the supervisor dies
     on_let_go: Callable[[], None] = lambda: None  # the reverse
     holds: int = 0
@@ -118,3 +119,4 @@ class RestoreContext:
     host_proc_fd: int  # O_PATH on a /proc that works: inside the builder /proc isn't mounted
     queues: tuple[PosixQueue, ...] = ()  # POSIX message queues that have a name
     stdio_fds: tuple[int, ...] = ()  # pod-side ends of new stdio pipes, numbered as at collection; -1: none
+    networks: dict[int, int] = field(default_factory=dict)  # id of a net namespace made inside -> host pid of one in it

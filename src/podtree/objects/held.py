@@ -237,9 +237,8 @@ def pod_id(ctx: CollectContext, host: int) -> int:
     for process in ctx.processes:
         status = procfs.status(process.host_pid)
         for key in ("NSpgid", "NSsid"):
-            ids = status.get(key, "0").split()
-            if int(ids[0]) == host:
-                return int(ids[-1])
+            if int(status.get(key, "0").split()[0]) == host:
+                return procfs.pod_id(status, key)
         if os.path.exists(f"/proc/{process.host_pid}/task/{host}"):
-            return procfs.ns_pids(procfs.status(process.host_pid, host))[-1]
+            return procfs.pod_id(procfs.status(process.host_pid, host))
     return 0

@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import msgspec
 
 from podtree.kernel import procfs
 from podtree.kernel.sys import NR
-from podtree.objects import ldt, signals, timers
-from podtree.objects.context import FrozenProcess
+from podtree.objects import ldt, nesting, signals, timers
+from podtree.objects.context import CollectContext, FrozenProcess
 from podtree.objects.descriptors import Fd
 from podtree.objects.memory import Memory
+from podtree.objects.nesting import POD, POD_DEPTH, Inner, Membership
 from podtree.objects.scheduling import Limits
 from podtree.objects.signals import Actions
 from podtree.objects.tables import SharedTables
@@ -46,6 +47,8 @@ class Place(msgspec.Struct, frozen=True, kw_only=True):
     exit_signal: int  # sent to the parent at its end
     tty: int = 0  # device number of the controlling terminal
     foreground: int = -1  # that terminal's foreground process group
+    space: int = POD  # id of its pid namespace
+    inner: tuple[Inner, ...] = ()  # its numbers there and in those above that aren't the pod's, outermost first
 
 
 class Process(msgspec.Struct, frozen=True, kw_only=True):
@@ -72,6 +75,7 @@ class Process(msgspec.Struct, frozen=True, kw_only=True):
     membarrier: int  # MEMBARRIER_CMD_REGISTER_* commands in force
     stopped_by: int  # the signal if stopped by job control, else 0
     stop_reported: bool = True  # the parent has waited for that already
+    member: Membership = Membership()  # which namespaces it is in
     mdwe: int = 0  # PR_MDWE_*: no memory that can be written and executed
     merge_memory: bool = False  # PR_SET_MEMORY_MERGE
     ldt: bytes = b""  # local descriptor table, see podtree.objects.ldt
@@ -108,12 +112,15 @@ class AskedStops(msgspec.Struct):
     infos: dict[int, int]  # inner pid of the child -> address of a siginfo_t
 
 
-def ask_stops(script: Script, children: list[int]) -> AskedStops:
-    """Add the calls that ask, without consuming, for unreported stops of these children (waitid(2))."""
+def ask_stops(script: Script, children: list[tuple[int, int]]) -> AskedStops:
+    """Add the calls that ask, without consuming, for unreported stops of these children (waitid(2)).
+
+    Each by the pod's number and what its parent calls it.
+    """
     infos = {}
-    for pid in children:
+    for pid, number in children:
         infos[pid] = script.space(128)
-        script.add(NR.waitid, P_PID, pid, infos[pid], WSTOPPED | os.WNOHANG | WNOWAIT, 0, name="waitid")
+        script.add(NR.waitid, P_PID, number, infos[pid], WSTOPPED | os.WNOHANG | WNOWAIT, 0, name="waitid")
     return AskedStops(infos)
 
 
@@ -179,7 +186,9 @@ def collect_posix_timers(
     return found
 
 
-def collect_places(processes: list[FrozenProcess]) -> dict[int, Place]:
+def collect_places(
+    processes: list[FrozenProcess], nested: nesting.Collected, ctx: CollectContext
+) -> dict[int, Place]:
     """Places by inner pid.
 
     /proc shows this process's numbering; the pod's comes from NSpid, NSpgid and NSsid. A parent that
@@ -190,19 +199,29 @@ def collect_places(processes: list[FrozenProcess]) -> dict[int, Place]:
     for process in processes:
         stat = procfs.stat(process.host_pid)
         text = procfs.status(process.host_pid)
-        groups = text.get("NSpgid", "0").split()
-        sessions = text.get("NSsid", "0").split()
-        depth = len(procfs.ns_pids(text))
         places[process.pid] = Place(
             pid=process.pid,
             ppid=inner.get(stat.ppid, 0),
-            pgid=int(groups[-1]) if len(groups) == depth else 0,
-            sid=int(sessions[-1]) if len(sessions) == depth else 0,
+            pgid=procfs.pod_id(text, "NSpgid"),
+            sid=procfs.pod_id(text, "NSsid"),
             exit_signal=stat.exit_signal,
             tty=stat.tty_nr,
             foreground=_inner_group(stat.tpgid, processes),
+            inner=_inner_numbers(text),
+            space=nested.of(process.pid).pid,
         )
+        if process.zombie and places[process.pid].inner:
+            space = nested.of(places[process.pid].ppid).children
+            places[process.pid] = msgspec.structs.replace(places[process.pid], space=space)
+            if len(nested.nesting.chain(space)) != len(places[process.pid].inner):
+                ctx.refuse(process, "pid namespace", "has ended with it", "when its parent has waited for it")
     return places
+
+
+def _inner_numbers(text: dict[str, str]) -> tuple[Inner, ...]:
+    """What the pid namespaces made inside call a process, the outermost first."""
+    levels = [[int(number) for number in text[key].split()][POD_DEPTH:] for key in ("NSpid", "NSpgid", "NSsid")]
+    return tuple(Inner(*numbers) for numbers in zip(*levels, strict=True))
 
 
 def _inner_group(host_group: int, processes: list[FrozenProcess]) -> int:
@@ -214,12 +233,12 @@ def _inner_group(host_group: int, processes: list[FrozenProcess]) -> int:
             return process.pid
     for process in processes:
         if procfs.stat(process.host_pid).pgrp == host_group:
-            return int(procfs.status(process.host_pid)["NSpgid"].split()[-1])
+            return procfs.pod_id(procfs.status(process.host_pid), "NSpgid")
     return -1
 
 
-def restore_attributes(process: Process, script: Script, late_ns: int) -> None:
-    """Add the calls for what the leader sets for the whole process."""
+def restore_attributes(process: Process, script: Script, late_ns: int, number: Callable[[int], int]) -> None:
+    """Add the calls for what the leader sets for the whole process; `number`: what it calls a thread of the pod's."""
     if process.child_subreaper:
         script.add(NR.prctl, PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0, name="PR_SET_CHILD_SUBREAPER")
     if process.ldt and not process.shared.memory:
@@ -231,7 +250,7 @@ def restore_attributes(process: Process, script: Script, late_ns: int) -> None:
             script.add(NR.membarrier, 1 << bit, 0, 0, name="membarrier registration")
     if not process.shared.actions:
         signals.restore_actions(process.actions, script)
-    timers.restore_posix_timers(list(process.posix_timers), script, late_ns)
+    timers.restore_posix_timers(list(process.posix_timers), script, late_ns, number)
 
 
 def restore_rules_for_memory(process: Process, script: Script) -> None:

@@ -7,6 +7,7 @@ import ctypes
 import os
 import resource
 import struct
+from collections.abc import Callable
 
 import msgspec
 
@@ -101,12 +102,15 @@ def collect_limits(pid: int) -> Limits:
     )
 
 
-def restore_limits(state: Limits, pid: int) -> None:
-    """Apply to a process of a pod that is being restored (host pid)."""
+def restore_limits(state: Limits, pid: int, limit_itself: Callable[[int, tuple[int, int]], None] | None = None) -> None:
+    """Apply to a process of a pod that is being restored (host pid).
+
+    `limit_itself`: has it set one of its resource limits; for a process of another user, as prlimit(2) wants.
+    """
     here = parse_limits(procfs.read_text(f"/proc/{pid}/limits"))
     for number, limit in enumerate(state.limits):
         if here[number] != limit:
-            resource.prlimit(pid, number, limit)
+            limit_itself(number, limit) if limit_itself else resource.prlimit(pid, number, limit)
     if int(procfs.read_text(f"/proc/{pid}/oom_score_adj")) != state.oom_score_adj:
         with open(f"/proc/{pid}/oom_score_adj", "w") as file:
             file.write(str(state.oom_score_adj))

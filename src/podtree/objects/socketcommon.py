@@ -32,6 +32,7 @@ class SocketBase(msgspec.Struct, frozen=True, kw_only=True):
     filter_locked: bool = False  # SO_LOCK_FILTER
     group_index: int = 0  # its place in its SO_REUSEPORT group
     steering: bytes = b""  # SO_ATTACH_REUSEPORT_CBPF: what chooses in that group
+    space: int = 0  # id of its net namespace, if that isn't the pod's
 
 
 @dataclasses.dataclass(slots=True)

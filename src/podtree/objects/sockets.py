@@ -7,17 +7,23 @@ the pod is refused.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
+import msgspec
+
+from podtree.errors import Damaged
 from podtree.kernel import procfs
 from podtree.kernel import sock as ksock
+from podtree.kernel.namespaces import Clone, setns
 from podtree.kernel.pidfd import pidfd_getfd, pidfd_open_living
 from podtree.kernel.sockdiag import NetworkNamespace
 from podtree.objects import netlink, raw, tcp, tcprestore, udp, udprestore, unix, unixoutside, unixrestore
 from podtree.objects.context import CollectContext, FrozenProcess, RestoreContext
 from podtree.objects.multicast import Groups
+from podtree.objects.nesting import POD
 from podtree.objects.socketcommon import Entry, Surroundings, make_entry
 from podtree.objects.sockopts import Defaults
 
@@ -72,12 +78,47 @@ class SocketCollector:
             self._entries.clear()
 
     def _collect(self) -> dict[int, SocketState]:
+        """One network namespace after the other: a connection from one to another is refused as one to the outside."""
         init = _init_of(self._ctx.processes).living
-        namespace = _network_namespace(init)
-        around = Surroundings(self._ctx, namespace, Defaults(namespace), Groups(init))
-        around.by_ino = {entry.ino: entry for entry in self._entries}
-        families: dict[str, list[Entry]] = {family: [] for family in _COLLECT}
+        left = {entry.file_id: entry for entry in self._entries}
+        elsewhere = self._ctx.networks.items()
+        spaces = {POD: (_network_namespace(init), init), **{n: (NetworkNamespace(pid), pid) for n, pid in elsewhere}}
+        states: dict[int, SocketState] = {}
+        try:
+            known = {namespace.diag.cookie for namespace, _ in spaces.values()}
+            for space, (namespace, host_pid) in spaces.items():
+                found = self._collect_in(namespace, host_pid, left, known)
+                states |= {i: msgspec.structs.replace(s, space=space) if space else s for i, s in found.items()}
+        finally:
+            for space, (namespace, _) in spaces.items():
+                if space != POD:
+                    namespace.close()
+        self._refuse_passing_ahead(states)
+        return states
+
+    def _refuse_passing_ahead(self, states: dict[int, SocketState]) -> None:
+        """A restore makes one namespace's sockets after the other's: none can be in a queue before it is there."""
         for entry in self._entries:
+            passed = [states[i].space for _, ids in entry.peeked for i in ids if i in states]
+            if entry.file_id in states and passed and max(passed) > states[entry.file_id].space:
+                reason = "a socket of another network namespace is on its way in its queue"
+                self._ctx.refuse(entry.process, entry.display, reason, "it passes by itself: try again")
+
+    def _collect_in(
+        self, namespace: NetworkNamespace, host_pid: int, left: dict[int, Entry], known: set[int]
+    ) -> dict[int, SocketState]:
+        """Those of one namespace, which are taken out of `left`; `host_pid` is in it. Those of none that is `known`
+        are looked at with those of the pod's own, which is the first."""
+        own = namespace.diag.cookie
+        entries = [e for e in left.values() if (cookie := ksock.netns_cookie(e.sock)) == own or cookie not in known]
+        if not entries:
+            return {}
+        for entry in entries:
+            del left[entry.file_id]
+        around = Surroundings(self._ctx, namespace, Defaults(namespace), Groups(host_pid))
+        around.by_ino = {entry.ino: entry for entry in entries}
+        families: dict[str, list[Entry]] = {family: [] for family in _COLLECT}
+        for entry in entries:
             responsible = self._sort(entry, around)
             if responsible:
                 families[responsible].append(entry)
@@ -151,13 +192,49 @@ def forget_namespace() -> None:
 def restore_sockets(
     states: dict[int, SocketState], ctx: RestoreContext, others: Callable[[int], int]
 ) -> dict[int, int]:
-    """Make all sockets of a pod, in the builder: in the pod's net and mount namespaces, as root, / its root.
+    """Make all sockets of a pod, in the builder: in the pod's mount namespace, as root, / its root; first those of
+    its own net namespace, in which the builder is. One that passes a socket of another can only be of that.
 
     `others` gives the descriptor of an open file that is no socket, by its id: it may be on its way in a queue.
     Returns a close-on-exec descriptor for each file id. O_NONBLOCK and the other file flags are the
     caller's to set. Everything is connected to the pod's other sockets, with its queues filled, before it
     returns. Raises RestoreFailed or Damaged.
     """
+    found: dict[int, int] = {}
+
+    def file(number: int) -> int:
+        return found[number] if number in found else others(number)
+
+    for space in sorted({state.space for state in states.values()}):
+        own = {i: state for i, state in states.items() if state.space == space}
+        with _in_network(space, ctx):
+            found |= _restore_in_one(own, file)
+    return found
+
+
+@contextlib.contextmanager
+def _in_network(space: int, ctx: RestoreContext) -> Iterator[None]:
+    """Scope in which the builder is in one of the net namespaces that programs had made; 0: in the pod's, as always."""
+    if space == 0:
+        yield
+        return
+    if space not in ctx.networks:
+        raise Damaged(f"the image has a socket in network namespace {space}, which is not in it")
+    home = os.open("self/ns/net", os.O_RDONLY | os.O_CLOEXEC, dir_fd=ctx.host_proc_fd)
+    away = os.open(f"{ctx.networks[space]}/ns/net", os.O_RDONLY | os.O_CLOEXEC, dir_fd=ctx.host_proc_fd)
+    try:
+        setns(away, Clone.NEWNET)
+        yield
+    finally:
+        setns(home, Clone.NEWNET)
+        os.close(home)
+        os.close(away)
+
+
+def _restore_in_one(
+    states: dict[int, SocketState], others: Callable[[int], int]
+) -> dict[int, int]:
+    """The sockets of the net namespace that the caller is in."""
     made: dict[int, socket.socket] = {}
     made |= tcprestore.restore({i: s for i, s in states.items() if isinstance(s, tcp.TcpSocket)})
     made |= udprestore.restore({i: s for i, s in states.items() if isinstance(s, udp.UdpSocket)})

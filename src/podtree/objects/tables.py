@@ -8,7 +8,7 @@ its own: it is saved once, with its owner, the first that had it. kcmp(2) tells 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -136,10 +136,13 @@ def thread_flags(own: set[str]) -> int:
     return sum(KINDS[name][1] for name in own)
 
 
-def restore_directories(state: Directories, script: Script, slot_base: int) -> None:
-    """Add the calls by which a task goes where it was."""
-    if state.root >= 0:
+def restore_directories(
+    state: Directories, script: Script, slot_base: int, settled: Collection[int] = ()
+) -> None:
+    """Add the calls by which a task goes where it was; `settled`: directories (OpenFile.id) that it is in already."""
+    if state.root >= 0 and state.root not in settled:
         script.add(NR.fchdir, slot_base + state.root, name="fchdir to the root")
         script.add(NR.chroot, script.put(b".\0"), name="chroot")
-    script.add(NR.fchdir, slot_base + state.cwd, name="fchdir")
+    if state.cwd not in settled:
+        script.add(NR.fchdir, slot_base + state.cwd, name="fchdir")
     script.add(NR.umask, state.umask)

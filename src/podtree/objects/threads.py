@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from podtree.kernel import ptrace
+from podtree.kernel import procfs, ptrace
 from podtree.kernel.ptrace import Regs
 from podtree.kernel.sys import NR, syscall
 from podtree.objects import attributes, credentials, scheduling, seccomp, signals
@@ -19,6 +19,7 @@ from podtree.objects.attributes import Attributes
 from podtree.objects.context import FrozenTask
 from podtree.objects.credentials import Credentials
 from podtree.objects.descriptors import Fd
+from podtree.objects.nesting import POD_DEPTH
 from podtree.objects.scheduling import Scheduling
 from podtree.objects.seccomp import Seccomp
 from podtree.objects.signals import AltStack
@@ -56,6 +57,7 @@ class Thread(msgspec.Struct, frozen=True, kw_only=True):
     attributes: Attributes = Attributes()
     own_undo: bool = False  # likewise: adjustments of semaphores (SEM_UNDO) that others don't have
     tracing: Tracing | None = None  # by another task of the pod
+    inner_tids: tuple[int, ...] = ()  # its numbers in pid namespaces that were made inside, outermost first
 
     @property
     def own_tables(self) -> set[str]:
@@ -123,6 +125,7 @@ def collect(task: FrozenTask, asked: Asked, results: Results, comm: bytes) -> Th
         scheduling=scheduling.collect(task.tid),
         attributes=attributes.collect(asked.attributes, results),
         tracing=task.tracing,
+        inner_tids=tuple(procfs.ns_pids(task.status)[POD_DEPTH:]),
     )
 
 
@@ -136,8 +139,11 @@ def _image_regs(task: FrozenTask) -> Regs:
     return regs
 
 
-def restore(thread: Thread, script: Script, last_cap: int) -> None:
-    """Add the calls that give a new thread its state, all but pending signals and the one of its parent's end."""
+def restore(thread: Thread, script: Script, last_cap: int, seen: credentials.Seen | None = None) -> None:
+    """Add the calls that give a new thread its state, all but pending signals and the one of its parent's end.
+
+    `seen` as in credentials.
+    """
     script.add(NR.prctl, PR_SET_NAME, script.put(thread.comm[:15].ljust(16, b"\0")), 0, 0, 0, name="PR_SET_NAME")
     script.add(NR.set_tid_address, thread.tid_address)
     head, length = thread.robust_list
@@ -149,7 +155,7 @@ def restore(thread: Thread, script: Script, last_cap: int) -> None:
     signals.restore_altstack(thread.altstack, script)
     seccomp.restore(thread.seccomp, script)
     attributes.restore(thread.attributes, script)
-    credentials.restore(thread.credentials, script, last_cap)
+    credentials.restore(thread.credentials, script, last_cap, seen)
 
 
 def restore_ended(ended: EndedLeader, script: Script, last_cap: int) -> None:

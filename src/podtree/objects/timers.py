@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import struct
+from collections.abc import Callable
 
 import msgspec
 
@@ -103,8 +104,12 @@ def ask_posix_timers(ids: list[int], script: Script) -> list[int]:
     return addresses
 
 
-def restore_posix_timers(timers: list[PosixTimer], script: Script, late_ns: int) -> None:
+def restore_posix_timers(
+    timers: list[PosixTimer], script: Script, late_ns: int, number: Callable[[int], int]
+) -> None:
     """Add the calls that make the timers with the ids they had, and arm them; `late_ns` as for the others.
+
+    `number`: what their process calls a thread of the pod's.
 
     The ids are the program's handles, so the kernel is asked to use exactly them (6.15+).
     """
@@ -112,7 +117,8 @@ def restore_posix_timers(timers: list[PosixTimer], script: Script, late_ns: int)
         return
     script.add(NR.prctl, PR_TIMER_CREATE_RESTORE_IDS, 1, 0, 0, 0, name="restore timer ids")
     for timer in timers:
-        event = struct.pack("<QiiI", timer.value, timer.signal, timer.notify, timer.thread)
+        thread = number(timer.thread) if timer.thread else 0
+        event = struct.pack("<QiiI", timer.value, timer.signal, timer.notify, thread)
         ident = script.put(struct.pack("<i", timer.id))
         script.add(NR.timer_create, timer.clock, script.put(event.ljust(64, b"\0")), ident, name="timer_create")
     script.add(NR.prctl, PR_TIMER_CREATE_RESTORE_IDS, 0, 0, 0, 0, name="restore timer ids")

@@ -224,7 +224,7 @@ def bounds(supervisor: Supervisor) -> Bounds:
     """What no process of the pod may exceed."""
     from podtree.restore.validate import Bounds
 
-    return Bounds(caps.mask(privileges.DEFAULT_CAPS), supervisor.filter)
+    return Bounds(caps.mask(privileges.DEFAULT_CAPS), supervisor.filter, supervisor.spec.nested)
 
 
 def look(supervisor: Supervisor) -> Draft:

@@ -65,11 +65,18 @@ utimes vfork vmsplice wait4 waitid waitpid write writev
 modify_ldt chroot
 """
 _ALLOWED = _ALLOWED_TEXT.split()
+#: What PodSpec.nested adds. All of these want CAP_SYS_ADMIN over the namespace that they change, which a pod's program
+#: has only in a user namespace of its own making, and of namespaces that this one owns (user_namespaces(7)).
+_NESTED_TEXT = """
+fsconfig fsmount fsopen fspick mount mount_setattr move_mount open_tree open_tree_attr pivot_root setdomainname
+sethostname setns umount umount2
+"""
+_NESTED = _NESTED_TEXT.split()
 
 _AF_VSOCK = 40
 _PERSONALITIES = (0x0, 0x0008, 0x20000, 0x20008, 0xFFFFFFFF)
 _NEW_NAMESPACES = 0x7E020000  # CLONE_NEW* of clone(2), but for the time namespace that it can't ask for
-_CLONE_NEWTIME = 0x80  # of unshare(2)
+_NEW_TIME, _NEW_CGROUP = 0x80, 0x02000000  # CLONE_NEWTIME, CLONE_NEWCGROUP: see _compile
 _NEWEST_KNOWN = 467  # open_tree_attr, Linux 6.15: above it ENOSYS
 _AUDIT_ARCH_X86_64, _AUDIT_ARCH_I386 = 0xC000003E, 0x40000003
 _X32_BIT = 0x40000000
@@ -82,18 +89,19 @@ _IOCTL = {_AUDIT_ARCH_X86_64: 16, _AUDIT_ARCH_I386: 54}  # number by architectur
 _UFFD_IOCTLS = 0xAA00  # UFFDIO: bits 8 to 15 of all ioctls of a userfaultfd, and of nothing else
 
 
-def load(home: Path) -> bytes:
+def load(home: Path, *, nested: bool = False) -> bytes:
     """The filter as an array of struct sock_filter, from the cache in `home`, or compiled now.
 
-    Raises Unsupported when it must be compiled and libseccomp is missing.
+    `nested`: with what PodSpec.nested allows. Raises Unsupported when it must be compiled and libseccomp is missing.
     """
-    key = hashlib.sha256(repr((_REVISION, _NEWEST_KNOWN, _ALLOWED, _PERSONALITIES)).encode()).hexdigest()[:16]
+    rules = (_REVISION, _NEWEST_KNOWN, _ALLOWED, _PERSONALITIES, _NESTED if nested else ())
+    key = hashlib.sha256(repr(rules).encode()).hexdigest()[:16]
     path = home / "cache" / f"seccomp-{key}.bpf"
     with contextlib.suppress(FileNotFoundError):
         program = path.read_bytes()
         if program and len(program) % 8 == 0:
             return program
-    program = _compile()
+    program = _compile(nested)
     path.parent.mkdir(mode=0o700, exist_ok=True)
     fd, temporary = tempfile.mkstemp(dir=path.parent)
     with open(fd, "wb") as file:
@@ -109,7 +117,7 @@ def install(program: bytes) -> None:
     syscall(NR.seccomp, _SECCOMP_SET_MODE_FILTER, 0, fprog)
 
 
-def _compile() -> bytes:
+def _compile(nested: bool) -> bytes:
     try:
         import pyseccomp as lib
     except (ImportError, RuntimeError, OSError) as error:
@@ -123,9 +131,14 @@ def _compile() -> bytes:
     rules.add_rule(lib.ALLOW, "socket", lib.Arg(0, lib.NE, _AF_VSOCK))
     for persona in _PERSONALITIES:
         rules.add_rule(lib.ALLOW, "personality", lib.Arg(0, lib.EQ, persona))
-    rules.add_rule(lib.ALLOW, "clone", lib.Arg(0, lib.MASKED_EQ, _NEW_NAMESPACES, 0))
+    # With a cgroup namespace comes the right to mount cgroup2, whose files are root's: its limits would be off.
+    forbidden = _NEW_CGROUP if nested else _NEW_NAMESPACES
+    rules.add_rule(lib.ALLOW, "clone", lib.Arg(0, lib.MASKED_EQ, forbidden, 0))
     # A thread may have descriptors or directories for itself.
-    rules.add_rule(lib.ALLOW, "unshare", lib.Arg(0, lib.MASKED_EQ, _NEW_NAMESPACES | _CLONE_NEWTIME, 0))
+    rules.add_rule(lib.ALLOW, "unshare", lib.Arg(0, lib.MASKED_EQ, forbidden | _NEW_TIME, 0))
+    for name in _NESTED if nested else ():
+        with contextlib.suppress(ValueError, OSError):
+            rules.add_rule(lib.ALLOW, name)
     # Its flags lie in memory, where a filter can't look: ENOSYS makes libraries use clone.
     rules.add_rule(lib.ERRNO(errno.ENOSYS), "clone3")
     for name in _NOT_SAVED:

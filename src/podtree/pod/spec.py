@@ -55,6 +55,7 @@ class PodSpec(msgspec.Struct, frozen=True, kw_only=True):
     pids: int | None = None
     auto_remove: bool = False  # `--rm`
     external: Policy = "refuse"  # what becomes of what is shared with the outside, in checkpoints
+    nested: bool = False  # programs may make user namespaces, and in them others: podtree.pod.seccomp
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data, as the pool stores it."""

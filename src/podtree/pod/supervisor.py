@@ -89,7 +89,7 @@ class Supervisor:
         self._keeper: socket.socket | None = keeper_channel
         self._held = held
         self._hop_fd = hop.open_hop()
-        self.filter = seccomp.load(dirs.home)
+        self.filter = seccomp.load(dirs.home, nested=self.spec.nested)
         self._connections: set[Connection] = set()
         self._waiting: list[Connection] = []
         self._looks: dict[Connection, list[Draft]] = {}

@@ -67,15 +67,19 @@ class Body:
 
     def clone(self, flags: int, exit_signal: int, pid: int) -> int:
         """clone3(2) with the pid that the child shall have; returns its host tid. It is traced and stopped."""
-        pids = self.put(struct.pack("<i4x", pid))
-        args = CLONE_ARGS.pack(flags, 0, 0, 0, exit_signal, 0, 0, 0, pids, 1, 0)
-        mm.write_memory(self.tid, pids + 8, args)
-        self.do(NR.clone3, pids + 8, len(args))
+        return self.clone_numbered(flags, exit_signal, (pid,))
+
+    def clone_numbered(self, flags: int, exit_signal: int, pids: tuple[int, ...]) -> int:
+        """Likewise with a pid for each of the innermost pid namespaces, innermost first; the kernel chooses others."""
+        place = self.put(struct.pack("<4i", *(*pids, 0, 0, 0, 0)[:4]))
+        args = CLONE_ARGS.pack(flags, 0, 0, 0, exit_signal, 0, 0, 0, place if pids else 0, len(pids), 0)
+        mm.write_memory(self.tid, place + 16, args)
+        self.do(NR.clone3, place + 16, len(args))
         child = self.remote.born.pop()
         self.family.append(child)
         stop = ptrace.wait(child)
         if not stop.is_interrupt:
-            raise RestoreFailed(f"new task {pid} did not stop as expected ({stop})")
+            raise RestoreFailed(f"new task {pids} did not stop as expected ({stop})")
         return child
 
 

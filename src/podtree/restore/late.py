@@ -16,13 +16,16 @@ from podtree.errors import Damaged
 from podtree.kernel import caps, mm
 from podtree.kernel.caps import Cap
 from podtree.kernel.mount import AT_FDCWD, Resolve
+from podtree.kernel.namespaces import Clone
 from podtree.kernel.pidfd import PIDFD_THREAD
 from podtree.kernel.sys import NR
 from podtree.objects import kinds, nsfiles, procfiles
 from podtree.objects.descriptors import OpenFile
 from podtree.objects.files import OPEN_FLAGS
+from podtree.objects.nesting import POD
 from podtree.objects.nsfiles import NamespaceFile
 from podtree.objects.pidfd import PidFd
+from podtree.objects.processes import PR_SET_DUMPABLE, Process
 from podtree.objects.procfiles import ProcFile
 from podtree.restore.arena import Body
 from podtree.restore.tree import Tree
@@ -94,12 +97,40 @@ class LateFiles:
         body.do(NR.dup2, fd, self.slot_base + number)
         body.do(NR.close, fd)
 
-    def hand_out(self, needed: Iterable[tuple[Body, Collection[int]]]) -> None:
-        """Give every descriptor table those that it needs, by a task that has it: the ids of OpenFiles."""
+    def change_directory(self, number: int, process: Process, *, root: bool) -> None:
+        """Put a process into a directory of /proc whose task has ended: it can be entered only while there is one.
+
+        Such a directory may look at who enters it, so the passing task goes into the process's user namespace first.
+        """
+        file = next(file for file in self.files if file.id == number)
+        nest, body, first = self.tree.nest, self.tree.bodies[process.place.pid], self.tree.bodies[1]
+        assert isinstance(file.what, ProcFile)
+        with self.tree.passing(0, file.what.gone) as pid:
+            self._make(file, pid)
+            if process.member.user != POD:
+                self.tree.passer.do(NR.setns, nest.slot(process.member.user), Clone.NEWUSER)
+                self.tree.passer.do(NR.prctl, PR_SET_DUMPABLE, 1, 0, 0, 0)
+            fd = nest.hand_over(first, self.slot_base + number, body) if body is not first else self.slot_base + number
+            body.do(NR.fchdir, fd)
+            if root:
+                body.do(NR.chroot, body.put(b".\0"))
+            if body is not first:
+                body.do(NR.close, fd)
+
+    def hand_out(self, needed: Iterable[tuple[Body, Collection[int], bool]]) -> None:
+        """Give every descriptor table those that it needs, by a task that has it: the ids of OpenFiles.
+
+        The third says whether that task has no rights over process 1.
+        """
         late = {file.id for file in self.files}
-        for body, ids in needed:
+        for body, ids, apart in needed:
             wanted = late.intersection(ids)
             if body is self.tree.bodies[1] or not wanted:
+                continue
+            if apart:
+                for number in sorted(wanted):
+                    fd = self.tree.nest.hand_over(self.tree.bodies[1], self.slot_base + number, body)
+                    self._place(body, number, fd)
                 continue
             first = body.do(NR.pidfd_open, 1, 0)
             for number in sorted(wanted):

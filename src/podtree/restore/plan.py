@@ -98,13 +98,14 @@ class _Planner:
         """The session that a process has to be born in; None if any will do.
 
         A session leader may have been anything before its setsid; but children in a third session can only
-        have been born before that, so it was born in theirs. For process 1 such children are orphans.
+        have been born before that, so it was born in theirs. For the first of a pid namespace such are orphans.
         """
         if place.sid != place.pid:
             return place.sid
         if place.pid not in self._births:
             wanted = {self.birth(c) for c in self.children.get(place.pid, [])} - {None, place.sid}
-            self._births[place.pid] = min(w for w in wanted if w is not None) if wanted and place.pid != 1 else None
+            early = min((w for w in wanted if w is not None), default=None)
+            self._births[place.pid] = None if _is_first(place) else early
         return self._births[place.pid]
 
     def create(self, place: Place, creator: int) -> None:
@@ -143,6 +144,7 @@ class _Planner:
             same = [orphan] + [o for o in self.orphans if self.birth(o) == session]
             if members:
                 same = [o for o in same if o.ppid == orphan.ppid]
+                members = [m for m in members if self.places[m].space == orphan.space]
                 host = next((m for m in members if self._is_above(orphan.ppid, m)), None)
                 if host is None:
                     raise RestoreFailed(f"no way found to make process {orphan.pid} a child of {orphan.ppid}")
@@ -195,7 +197,7 @@ class _Planner:
         missing = {p.pgid: p for p in self.places.values() if p.pgid and p.pgid not in existing}
         keepers: list[tuple[int, int]] = []
         for group, member in missing.items():
-            creator = self._member_of_session(member.sid)
+            creator = self._member_of_session(member.sid, member.space)
             if group in self.places:
                 keepers.append(self._keeper(group))  # of the group that the leader leaves for a moment
                 self.join(group, group)
@@ -216,11 +218,17 @@ class _Planner:
         self.spawn(creator, helper, 0)
         return helper, creator
 
-    def _member_of_session(self, sid: int) -> int:
+    def _member_of_session(self, sid: int, space: int) -> int:
+        """One of the session, in the pid namespace in which the group has a number."""
         for pid, place in self.places.items():
-            if place.sid == sid:
+            if place.sid == sid and place.space == space:
                 return pid
         raise RestoreFailed(f"no process of session {sid}")
+
+
+def _is_first(place: Place) -> bool:
+    """Whether orphans of a pid namespace fall to it."""
+    return place.pid == INIT or (bool(place.inner) and place.inner[-1].pid == INIT)
 
 
 @contextlib.contextmanager

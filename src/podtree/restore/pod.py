@@ -28,6 +28,7 @@ from podtree.objects.context import RestoreContext
 from podtree.objects.descriptors import Deferred, arm_timers, numbers_needed, restore_files
 from podtree.objects.memory import free_gap
 from podtree.objects.processes import tables_of
+from podtree.objects.procfiles import ProcFile
 from podtree.objects.slots import raise_descriptor_limit, slot_base
 from podtree.objects.threads import Thread
 from podtree.pod.cgroup import Cgroup
@@ -37,7 +38,9 @@ from podtree.pod.live import INIT, ClockOffsets, ExecSession, Launched, LivePod
 from podtree.pod.spec import PodSpec
 from podtree.restore import arena, pager, plan
 from podtree.restore.arena import Body
+from podtree.restore.holders import Holders
 from podtree.restore.late import LateFiles
+from podtree.restore.nest import Nest, nest_of
 from podtree.restore.pagecheck import PageCheck
 from podtree.restore.pager import Filling, Lazy
 from podtree.restore.process import ProcessRestorer, Shared
@@ -73,7 +76,7 @@ def _check_cpu(manifest: Manifest, tid: int) -> None:
 class _Layout:
     """Numbers that the whole restore agrees on."""
 
-    def __init__(self, manifest: Manifest, bounds: Bounds) -> None:
+    def __init__(self, manifest: Manifest, bounds: Bounds, nest: Nest) -> None:
         self.bounds = bounds
         vmas = [v for p in manifest.processes for v in p.memory.vmas]
         self.stem = free_gap(vmas, arena.SIZE * 2)
@@ -81,7 +84,7 @@ class _Layout:
         highest = max((fd.fd for _, fds in tables_of(manifest.processes) for fd in fds), default=0)
         self.slot_base = slot_base(highest)
         self.page_names = verify.page_files(manifest)
-        self.numbers = numbers_needed(self.slot_base, manifest.files) + len(self.page_names) + 1
+        self.numbers = numbers_needed(self.slot_base, manifest.files) + len(self.page_names) + 1 + nest.slots
 
 
 def restore_pod(
@@ -131,6 +134,7 @@ class Restore:
         self._launched: Launched | None = None
         self._image_fd = os.open(dirs.img, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self._stem_fd = -1
+        self._namespaces = contextlib.ExitStack()  # those that programs had made
         try:
             self._prepare(verified)
         except BaseException as error:
@@ -143,23 +147,29 @@ class Restore:
         self._manifest = manifest = confine(manifest, self.bounds)
         if self._waits and any(p.shared.memory for p in manifest.processes):
             raise RestoreFailed("processes that share memory can't be given their clocks later")  # setns(2)
+        if self._waits and manifest.nesting.users:  # who is in a user namespace can't join that of the pod's clocks
+            raise RestoreFailed("a checkpoint with user namespaces made inside can't be brought back ahead")
+        self._nest = nest = nest_of(manifest.nesting, manifest.processes, manifest.zombies)
         check = None if verified else PageCheck(self._image_fd, manifest)
         try:
             steps = plan.plan_image(manifest)
-            self._layout = layout = _Layout(manifest, self.bounds)
+            self._layout = layout = _Layout(manifest, self.bounds, nest)
             self._stem_fd = _stem_file(layout.stem)
 
             def in_builder(builder: Builder) -> Any:
-                return _make_objects(builder, manifest, layout, self._image_fd)
+                return _make_objects(builder, manifest, layout, self._image_fd, nest)
 
             def as_init(builder: Builder) -> NoReturn:
                 _become_stem(layout.slot_base, self._stem_fd)
 
+            nest.holders = self._namespaces.enter_context(Holders(manifest.nesting)).pids
+            self._namespaces.callback(nest.close)
             self._launched = launch(
                 self.spec, self.dirs, self.cgroup, None, in_builder, as_init,
                 inherit=[self._image_fd, self._stem_fd], numbers=layout.numbers,
             )  # fmt: skip
             self._made = msgspec.convert(self._launched.result, _Made)
+            nest.proc_slot = self._made.proc_slot
             self._grow(steps)
             if check is not None:
                 check.finish()
@@ -189,6 +199,7 @@ class Restore:
             with _asleep(self._manifest, self._launched, self._layout) as sleepers:
                 self._bring_back()
                 sleepers.arm()
+            self._nest.verify(self._tree.bodies)
         except BaseException as error:
             raise explained(self._end() or error) from error
 
@@ -240,6 +251,7 @@ class Restore:
         return failure
 
     def _close(self) -> None:
+        self._namespaces.close()
         for fd in (self._image_fd, self._stem_fd):
             if fd >= 0:
                 os.close(fd)
@@ -255,18 +267,21 @@ class Restore:
             if pid == 1:
                 host = launched.init_pid
             else:
-                host = _spawn_outside(launched, pid, layout, self._made.end, self._stem_fd)
+                host = _spawn_outside(launched, pid, layout, self._nest.end, self._stem_fd)
                 name = names.get(pid, f"exec-pid-{pid}")
                 self._sessions[name] = ExecSession(name, host, pidfd_open(host))
             self._family.append(host)
             _seize(host)
             body = arena.enter_arena(host, layout.stem, layout.arena, self._family)
+            self._nest.open_all(body)
+            if pid == plan.INIT:
+                self._nest.open_channel(body)
             if pid == 1 and not self._waits:  # all others are born with it
                 self._clock = _go_on_from(manifest)
                 enter_new_time(body, self._clock, self._made.proc_slot)
             return body
 
-        self._tree = tree = Tree(layout.arena, root_body)
+        self._tree = tree = Tree(layout.arena, root_body, self._nest)
         places = [p.place for p in manifest.processes]
         tree.grow(steps, places)
         _check_cpu(manifest, launched.init_pid)
@@ -283,6 +298,8 @@ class Restore:
             last_cap=caps.last_cap(),
             lazily=userfaultfd.is_available(),
             ipc=manifest.ipc,
+            nest=self._nest,
+            settled=set(),
         )
         by_pid = {p.place.pid: p for p in manifest.processes}
         self._restorers = [
@@ -311,11 +328,15 @@ class Restore:
         manifest, tree, shared, restorers = self._manifest, self._tree, self._shared, self._restorers
         shared.clock_offset_ns = self._clock.monotonic_ns
         for restorer in restorers:
-            restorer.clone_threads()
+            if restorer.pid != plan.INIT:  # which keeps its rights to the last, and has no threads if it's nested
+                self._nest.enter(tree.bodies, restorer.process)
+            restorer.clone_threads(tree.bodies)
         _make_late_files(manifest, tree, self._layout, shared, restorers)
         tree.make_zombies(list(manifest.zombies))
+        self._nest.settle(tree.bodies)
         if manifest.last_pid:
             tree.set_last_pid(manifest.last_pid, self._made.proc_slot)
+        self._nest.enter(tree.bodies, next(r.process for r in restorers if r.pid == plan.INIT))
         tree.settle_terminals([p.place for p in manifest.processes])
         arm_timers(manifest.files, self._file, time.monotonic_ns() + self._clock.monotonic_ns)
         for restorer in restorers:
@@ -366,11 +387,10 @@ class _Made:
 
     deferred: Deferred
     page_slots: dict[str, int]
-    proc_slot: int  # the host's /proc
-    end: int  # first number above all slots
+    proc_slot: int  # the host's /proc; behind it are namespaces
 
 
-def _make_objects(builder: Builder, manifest: Manifest, layout: _Layout, image_fd: int) -> Any:
+def _make_objects(builder: Builder, manifest: Manifest, layout: _Layout, image_fd: int, nest: Nest) -> Any:
     """In the builder: everything that isn't a task. Descriptors end in their slots."""
     socket.sethostname(manifest.hostname)
     context = RestoreContext(
@@ -380,20 +400,21 @@ def _make_objects(builder: Builder, manifest: Manifest, layout: _Layout, image_f
         host_proc_fd=builder.host_proc_fd,
         queues=manifest.queues,
         stdio_fds=_make_stdio(builder, manifest),
+        networks=nest.networks(),
     )
     sysvipc.restore(manifest.ipc, context)
     for mount in manifest.tmpfs:
         tmpfs.restore_tmpfs(mount, context)
     deferred = restore_files(list(manifest.files), context, layout.slot_base)
     slots = {name: deferred.end + i for i, name in enumerate(layout.page_names)}
-    raise_descriptor_limit(deferred.end + len(slots) + 1)
+    raise_descriptor_limit(deferred.end + len(slots) + 1 + nest.slots)
     for name, slot in slots.items():
         fd = os.open(f"mem/{name}", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=image_fd)
         os.dup2(fd, slot, inheritable=True)
         os.close(fd)
     proc_slot = deferred.end + len(slots)
     os.dup2(builder.host_proc_fd, proc_slot, inheritable=True)
-    return msgspec.to_builtins(_Made(deferred, slots, proc_slot, proc_slot + 1))
+    return msgspec.to_builtins(_Made(deferred, slots, proc_slot))
 
 
 def _make_stdio(builder: Builder, manifest: Manifest) -> tuple[int, ...]:
@@ -471,6 +492,11 @@ def _make_late_files(
     tasks = {t.tid for p in manifest.processes for t in p.threads}
     tasks |= {p.place.pid for p in manifest.processes} | {z.place.pid for z in manifest.zombies}
     files.make(tasks.__contains__)
+    gone = {f.id for f in manifest.files if isinstance(f.what, ProcFile) and f.what.gone}
+    for process in (p for p in manifest.processes if tree.nest.is_apart(p.place.pid)):
+        for file in {process.root, process.cwd} & gone:
+            files.change_directory(file, process, root=file == process.root)
+            shared.settled.add((process.place.pid, file))
     needed = {holder: {fd.file for fd in fds} for holder, fds in tables_of(manifest.processes)}
     for process in manifest.processes:
         needed[process.shared.files or process.place.pid] |= {process.cwd, process.root}
@@ -482,7 +508,7 @@ def _make_late_files(
         needed[shared.watch_owner(own)].add(own.watch.file)
     bodies = {restorer.pid: restorer.body for restorer in restorers}
     bodies |= {t.tid: body for r in restorers for t, body in zip(r.process.threads, r.bodies, strict=True)}
-    files.hand_out([(bodies[holder], files_) for holder, files_ in needed.items()])
+    files.hand_out([(bodies[holder], ids, tree.nest.is_apart(holder)) for holder, ids in needed.items()])
 
 
 def _first_holders(manifest: Manifest) -> dict[tuple[int, int], int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import functools
 import os
+import resource
 import signal
 import struct
 import time
@@ -28,9 +29,10 @@ from podtree.objects.tables import Directories
 from podtree.objects.threads import Thread
 from podtree.restore import pager
 from podtree.restore.arena import SIZE, Body
+from podtree.restore.nest import Nest
 from podtree.restore.pager import Lazy, Piece
 from podtree.restore.tree import end_thread
-from podtree.script.task import Remote, Script, check
+from podtree.script.task import NO_SYSCALL, Remote, Script, check
 
 EPOLL_CTL_ADD = 1
 READ_MAX = 1 << 30  # bytes per pread; the kernel's limit is a little below 2 GiB
@@ -53,6 +55,8 @@ class Shared:
     last_cap: int
     lazily: bool  # large memory may come in when the process runs already
     ipc: IpcState
+    nest: Nest
+    settled: set[tuple[int, int]]  # (pid, OpenFile.id) of roots and working directories that are in effect already
     clock_offset_ns: int = 0  # the pod's CLOCK_MONOTONIC less ours; set when the pod's clocks are
 
     def late_ns(self, read_ns: int) -> int:
@@ -90,6 +94,10 @@ class ProcessRestorer:
         self.bodies: list[Body] = [] if process.ended_leader else [body]  # one per thread
         self.later: Lazy | None = None  # memory that is still to come
 
+    def _number(self, pid: int) -> int:
+        """What this process calls a process, group or thread that is `pid` in the pod."""
+        return self.shared.nest.number(self.pid, pid)
+
     # --- memory
 
     def map_memory(self) -> None:
@@ -99,7 +107,12 @@ class ProcessRestorer:
         runs = load_map(self.shared.image_dir_fd, f"mem/{self.process.memory.pages}")
         filled = _filled_vmas(self.process.memory.vmas, runs)
         pieces: list[Piece] = []
-        if self.shared.lazily and not self.tables.files:  # the pager's number would be taken twice in one table
+        apart = self.shared.nest.is_apart(self.pid)
+        if apart:  # without the right to lock memory; the limits it had come later
+            _, hard = scheduling.collect_limits(self.body.tid).limits[resource.RLIMIT_MEMLOCK]
+            self._limit(resource.RLIMIT_MEMLOCK, (hard, hard))
+        # The pager's number would be taken twice in one table; userfaultfd(2) of faults in the kernel wants a right.
+        if self.shared.lazily and not self.tables.files and not apart:
             runs, pieces, waiting = pager.split(self.process.memory.vmas, runs)
         for ring in self.process.memory.rings:  # first: the kernel chooses where they are made
             arena = (self.body.arena, self.body.arena + SIZE)
@@ -212,8 +225,10 @@ class ProcessRestorer:
             memory.restore_layout(self.process.memory.layout, script, base + self.process.exe)
         if not self.tables.directories:
             own = Directories(cwd=self.process.cwd, root=self.process.root, umask=self.process.umask)
-            tables.restore_directories(own, script, base)
-        processes.restore_attributes(self.process, script, self.shared.late_ns(self.process.read_ns))
+            settled = {file for pid, file in self.shared.settled if pid == self.pid}
+            tables.restore_directories(own, script, base, settled)
+        late = self.shared.late_ns(self.process.read_ns)
+        processes.restore_attributes(self.process, script, late, self._number)
         sysvipc.undo_again(self.shared.ipc, self.pid, script)
         self.body.run(script)
         self._register_watches(self.pid, self.body)
@@ -276,7 +291,7 @@ class ProcessRestorer:
             what = f"I/O signals of descriptor {owner.fd}"
             script.add(NR.fcntl, owner.fd, fdops.F_SETSIG, owner.signal, name=what)
             if owner.id:
-                target = script.put(struct.pack("<ii", owner.type, owner.id))
+                target = script.put(struct.pack("<ii", owner.type, self._number(owner.id)))
                 script.add(NR.fcntl, owner.fd, fdops.F_SETOWN_EX, target, name=what)
             if owner.asynchronous:
                 flags = self.shared.flags[file]
@@ -306,13 +321,14 @@ class ProcessRestorer:
 
     # --- threads
 
-    def clone_threads(self) -> None:
+    def clone_threads(self, bodies: dict[int, Body]) -> None:
         """Create the other threads with their ids, early: timers and descriptors may refer to them.
 
         A leader that is to have ended makes them all, and is the one that acts for the process until `end_leader`.
         """
         for thread in self.process.threads[len(self.bodies) :]:
-            child = self.body.clone(THREAD_FLAGS & ~tables.thread_flags(thread.own_tables), 0, thread.tid)
+            flags = THREAD_FLAGS & ~tables.thread_flags(thread.own_tables)
+            child = self.shared.nest.clone_thread(bodies, self.pid, flags, thread)
             self.bodies.append(Body(child, self.body.arena, self.body.family))
 
     def set_threads(self) -> None:
@@ -325,7 +341,7 @@ class ProcessRestorer:
         script = body.script()
         if self.process.personality:
             script.add(NR.personality, self.process.personality, name="personality")
-        threads.restore(thread, script, self.shared.last_cap)
+        threads.restore(thread, script, self.shared.last_cap, self.shared.nest.seen(self.pid))
         body.run(script)
 
     def change_semaphores_last(self) -> None:
@@ -343,7 +359,12 @@ class ProcessRestorer:
             scheduling.restore(thread.scheduling, body.tid)
         if self.process.ended_leader:
             scheduling.restore(self.process.ended_leader.scheduling, host)
-        scheduling.restore_limits(self.process.limits, host)
+        nested = self.shared.nest.is_nested(self.pid)
+        scheduling.restore_limits(self.process.limits, host, self._limit if nested else None)
+
+    def _limit(self, number: int, limit: tuple[int, int]) -> None:
+        soft, hard = (value & NO_SYSCALL for value in limit)
+        self.body.do(NR.prlimit64, 0, number, self.body.put(struct.pack("<QQ", soft, hard)), 0)
 
     def set_leader(self) -> None:
         """The leader's own state, after all that needs its privileges; process-wide signals and timers."""
@@ -393,18 +414,20 @@ class ProcessRestorer:
         script = self.body.script()
         for child in children:
             if child.stopped_by and child.stop_reported:
-                script.add(NR.wait4, child.place.pid, 0, os.WNOHANG | os.WUNTRACED, 0, name="wait for stopped child")
+                number, how = self._number(child.place.pid), os.WNOHANG | os.WUNTRACED
+                script.add(NR.wait4, number, 0, how, 0, name="wait for stopped child")
         if not (queued and any(signals.number_of(info) == signal.SIGCHLD for info in self.process.pending)):
             _take_back_sigchld(script)
         if not queued:
-            signals.restore_pending(list(self.process.pending), script, self.pid, self.pid, shared=True)
+            own = self._number(self.pid)
+            signals.restore_pending(list(self.process.pending), script, own, own, shared=True)
         late = self.shared.late_ns(self.process.read_ns)
         timers.restore_interval_timers(self.process.interval_timers, script, late)
         self.body.run(script)
         for thread, body in zip(self.process.threads, self.bodies, strict=True):
             if thread.pending:  # by itself: nobody else may queue what claims to come from tgkill(2)
                 script = body.script()
-                signals.restore_pending(list(thread.pending), script, self.pid, thread.tid, shared=False)
+                signals.restore_pending(list(thread.pending), script, own, self._number(thread.tid), shared=False)
                 body.run(script)
 
     def finish(self) -> None:

@@ -18,6 +18,7 @@ from podtree.kernel import procfs, ptrace
 from podtree.kernel.sys import NR
 from podtree.objects.processes import PR_SET_CHILD_SUBREAPER, Place, Zombie
 from podtree.restore.arena import Body
+from podtree.restore.nest import Nest, write_last_pid
 from podtree.restore.plan import FIRST_HELPER_PID, EndHelper, JoinGroup, NewSession, Spawn, Step
 from podtree.script.task import TaskLost
 
@@ -29,9 +30,11 @@ DEATH_PATIENCE_S = 10.0
 class Tree:
     """The bodies of a pod under construction, by inner pid."""
 
-    def __init__(self, arena: int, root_body: Callable[[int], Body]) -> None:
+    def __init__(self, arena: int, root_body: Callable[[int], Body], nest: Nest) -> None:
         self.arena = arena
+        self.nest = nest
         self.bodies: dict[int, Body] = {}
+        self.passer: Body  # of `passing`
         self._root_body = root_body  # makes process N from outside of the pod (its parent is 0 inside)
 
     def grow(self, steps: list[Step], places: list[Place]) -> None:
@@ -42,18 +45,18 @@ class Tree:
                 case Spawn(0, pid, _):
                     self.bodies[pid] = self._root_body(pid)
                 case Spawn(parent, pid, exit_signal, flags):
-                    child = self.bodies[parent].clone(flags, exit_signal, pid)
+                    child = self.nest.spawn(self.bodies, parent, pid, exit_signal, flags)
                     self.bodies[pid] = Body(child, self.arena, self.bodies[parent].family)
                 case NewSession(pid):
                     self.bodies[pid].do(NR.setsid)
                     if pid in terminals:
                         self._take_terminal(pid, terminals[pid])
                 case JoinGroup(pid, group):
-                    self.bodies[pid].do(NR.setpgid, 0, group)
+                    self.bodies[pid].do(NR.setpgid, 0, self.nest.number(pid, group))
                 case EndHelper(pid, parent, reaper):
                     self._make_subreaper(reaper, 1)
                     self._end(pid)
-                    self.bodies[parent].do(NR.wait4, pid, 0, WALL, 0)
+                    self.bodies[parent].do(NR.wait4, self.nest.number(parent, pid), 0, WALL, 0)
                     self._make_subreaper(reaper, 0)
 
     def verify(self, places: list[Place]) -> None:
@@ -86,7 +89,8 @@ class Tree:
                 self._on_terminal(place.pid, "/dev/tty", termios.TIOCNOTTY)
         for place in leaders.values():
             if place.foreground > 0:
-                self._on_terminal(place.pid, "/dev/tty", termios.TIOCSPGRP, struct.pack("<q", place.foreground))
+                group = self.nest.number(place.pid, place.foreground)
+                self._on_terminal(place.pid, "/dev/tty", termios.TIOCSPGRP, struct.pack("<q", group))
         for place in places if leaders else ():
             if procfs.stat(self.bodies[place.pid].tid).tty_nr != place.tty:
                 raise RestoreFailed(f"process {place.pid} did not get its controlling terminal")
@@ -123,30 +127,24 @@ class Tree:
         free = (pid for pid in itertools.count(FIRST_HELPER_PID) if pid not in self.bodies)
         pid = wanted if wanted > 1 and not self._is_taken(wanted) else next(free)
         first = self.bodies[1]
-        body = Body(first.clone(0, 0, pid), self.arena, first.family)
+        self.passer = Body(first.clone(0, 0, pid), self.arena, first.family)
         yield pid
-        _die(body, status)
+        _die(self.passer, status)
         first.do(NR.wait4, pid, 0, WALL, 0)
 
     def _is_taken(self, pid: int) -> bool:
         """Whether a process, thread, group or session has that number."""
         for body in self.bodies.values():
             status = procfs.status(body.tid)
-            if pid in (int(status[key].split()[-1]) for key in ("NSpid", "NSpgid", "NSsid")):
+            if pid in (procfs.pod_id(status, key) for key in ("NSpid", "NSpgid", "NSsid")):
                 return True
-            if any(procfs.ns_pids(procfs.status(body.tid, tid))[-1] == pid for tid in procfs.threads(body.tid)):
+            if any(procfs.pod_id(procfs.status(body.tid, tid)) == pid for tid in procfs.threads(body.tid)):
                 return True
         return False
 
     def set_last_pid(self, last_pid: int, proc_fd: int) -> None:
-        """New processes get numbers above `last_pid` again. `proc_fd`: a /proc in the first process's descriptors
-        that isn't mounted read-only; which pid namespace is meant is told by who writes."""
-        body = self.bodies[1]
-        path = body.put(b"sys/kernel/ns_last_pid\0")
-        fd = body.do(NR.openat, proc_fd, path, os.O_WRONLY | os.O_CLOEXEC, 0)
-        text = str(last_pid).encode()
-        body.do(NR.write, fd, body.put(text), len(text))
-        body.do(NR.close, fd)
+        """New processes get numbers above `last_pid` again. `proc_fd`: as write_last_pid wants it."""
+        write_last_pid(self.bodies[1], proc_fd, last_pid)
 
 
 def end_thread(body: Body, status: int) -> None:

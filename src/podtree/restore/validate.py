@@ -25,15 +25,17 @@ from podtree.objects.credentials import Credentials
 from podtree.objects.descriptors import OpenFile
 from podtree.objects.held import OWN_TMPFS
 from podtree.objects.memory import ADVICE, MCL_FUTURE, MCL_ONFAULT, VmaKind
+from podtree.objects.nesting import POD, Membership
 from podtree.objects.processes import Place, Process, tables_of
 from podtree.objects.scheduling import RLIM_NLIMITS, Limits, Scheduling
 from podtree.objects.seccomp import MODE_FILTER, Filter, Seccomp
 from podtree.objects.signals import ACTION_SIZE, NSIG
-from podtree.objects.tables import KINDS
+from podtree.objects.tables import KINDS, SharedTables
 from podtree.objects.threads import Thread
 from podtree.objects.tracing import DEBUG_REGISTERS, Mode
 from podtree.pod.live import INIT
 
+MAX_RANGES = 2 * 340  # UID_GID_MAP_MAX_EXTENTS: include/linux/user_namespace.h
 MAX_PID = 1 << 22  # PID_MAX_LIMIT: include/linux/threads.h
 MAX_FD = 1 << 30  # above any sysctl_nr_open_max: fs/file.c
 NO_ID = (1 << 32) - 1  # (uid_t)-1: "leave it as it is"
@@ -54,6 +56,7 @@ class Bounds:
 
     capabilities: int
     filter: bytes
+    nested: bool = False  # PodSpec.nested
 
 def confine(manifest: Manifest, bounds: Bounds) -> Manifest:
     """The manifest, checked, with the pods' own filter the oldest of every thread.
@@ -64,6 +67,7 @@ def confine(manifest: Manifest, bounds: Bounds) -> Manifest:
         _check_files(manifest)
         _check_pod(manifest)
         _check_sharing(manifest)
+        _check_nesting(manifest, bounds)
         for process in manifest.processes:
             _check_process(process, {file.id for file in manifest.files}, bounds)
     processes = tuple(_filtered(process, bounds.filter) for process in manifest.processes)
@@ -153,6 +157,51 @@ def _check_tracing(thread: Thread, living: dict[int, Thread]) -> None:
     _expect(len(tracing.siginfo) == (SIGINFO_SIZE if tracing.mode is Mode.STOPPED else 0), f"{who} has no siginfo")
 
 
+def _check_nesting(manifest: Manifest, bounds: Bounds) -> None:
+    """Every namespace belongs to a user namespace that was told before; processes are in such as there are."""
+    users, kinds = {POD}, {"uts": {POD}, "ipc": {POD}, "net": {POD}, "pid": {POD}}
+    for user in manifest.nesting.users:
+        _expect(user.parent in users and user.id not in users, f"user namespace {user.id}")
+        ranges = (*user.uids, *user.gids)
+        possible = all(0 <= value <= NO_ID for one in ranges for value in one) and 0 <= user.owner < NO_ID
+        _expect(possible and len(ranges) <= MAX_RANGES, f"the ids of user namespace {user.id}")
+        users.add(user.id)
+    for space in manifest.nesting.spaces:
+        _expect(space.kind in ("uts", "ipc", "net"), f"a namespace of kind {space.kind!r}")
+        kinds[space.kind].add(space.id)
+        _expect(len(space.hostname.encode()) <= 64 and len(space.domainname.encode()) <= 64, "a host name too long")
+    for one in manifest.nesting.pids:
+        _expect(one.parent in kinds["pid"], f"pid namespace {one.id}")
+        kinds["pid"].add(one.id)
+    numbers = [n for p in manifest.processes for i in p.place.inner for n in (i.pid, i.pgid, i.sid)]
+    for process in manifest.processes:
+        depth = len(process.place.inner)
+        _expect(all(len(t.inner_tids) == depth for t in process.threads), f"threads of process {process.place.pid}")
+    numbers += [n for p in manifest.processes for t in p.threads for n in t.inner_tids]
+    _expect(all(0 <= n < MAX_PID for n in numbers), "a process of an impossible number")
+    owners = [space.user for space in manifest.nesting.spaces] + [one.user for one in manifest.nesting.pids]
+    _expect(set(owners) <= users - {POD}, "a namespace that belongs to nobody")
+    ids = [i for i in (users | kinds["uts"] | kinds["ipc"] | kinds["net"] | kinds["pid"]) if i != POD]
+    _expect(len(ids) == len(users) - 1 + len(owners), "two namespaces of one number")
+    _expect(all(0 < i <= len(ids) for i in ids), f"namespaces {ids}")
+    if ids and not bounds.nested:
+        raise RestoreFailed("the image has namespaces that programs made, which this pod's may not", "run --nested")
+    _expect(all(0 <= one.last_pid < MAX_PID for one in manifest.nesting.pids), "a last pid")
+    firsts = {one.id: one.first for one in manifest.nesting.pids}
+    for process in manifest.processes:
+        place, member = process.place, process.member
+        _expect(member.user in users, f"the namespaces of process {place.pid}")
+        _expect(all(getattr(member, kind) in found for kind, found in kinds.items()), f"process {place.pid}")
+        _expect(member.children in kinds["pid"] and member.pid == place.space, f"process {place.pid}")
+        alone = process.shared == SharedTables() and not process.ended_leader
+        _expect(alone or member == Membership(), f"process {place.pid} shares tables, and is in namespaces made inside")
+        if place.inner and place.inner[-1].pid == 1:
+            _expect(firsts.get(place.space) == place.pid, f"process {place.pid} is the first of nothing")
+    for place in [p.place for p in manifest.processes] + [z.place for z in manifest.zombies]:
+        whole = len(place.inner) == len(manifest.nesting.chain(place.space))
+        _expect(whole and place.space in kinds["pid"], f"the pid namespace of process {place.pid}")
+
+
 def _check_place(place: Place) -> None:
     ids = (place.ppid, place.pgid, place.sid)
     _expect(0 < place.pid < MAX_PID and all(0 <= number < MAX_PID for number in ids), f"process {place}")
@@ -193,11 +242,11 @@ def _check_process(process: Process, files: set[int], bounds: Bounds) -> None:
     _expect(0 <= process.mdwe < 4, f"process {pid} has impossible rules for its memory")
     _check_limits(pid, process.limits)
     for thread in process.threads:
-        _check_thread(pid, thread, bounds)
+        _check_thread(pid, thread, bounds, nested=process.member.user != POD)
     if process.ended_leader:
         who = f"the leader of process {pid}"
         _expect(0 <= process.ended_leader.status < 1 << 16 and not process.ended_leader.status & 0xFF, who)
-        _check_credentials(who, process.ended_leader.credentials, bounds)
+        _check_credentials(who, process.ended_leader.credentials, bounds, nested=False)
         _check_scheduling(who, process.ended_leader.scheduling)
 
 
@@ -246,13 +295,13 @@ def _check_signals(process: Process) -> None:
     _expect(sizes == {32}, f"process {pid} has impossible timers")
 
 
-def _check_thread(pid: int, thread: Thread, bounds: Bounds) -> None:
+def _check_thread(pid: int, thread: Thread, bounds: Bounds, *, nested: bool) -> None:
     who = f"thread {thread.tid} of process {pid}"
     _expect(len(thread.regs) == ctypes.sizeof(Regs), f"{who} has {len(thread.regs)} bytes of registers")
     _expect(len(thread.xstate) in XSTATE_SIZES, f"{who} has {len(thread.xstate)} bytes of FPU state")
     _expect(0 <= thread.parent_death_signal <= NSIG, f"{who}")
     _expect(not thread.directories or 0 <= thread.directories.umask <= 0o7777, f"{who}")
-    _check_credentials(who, thread.credentials, bounds)
+    _check_credentials(who, thread.credentials, bounds, nested=nested)
     _check_seccomp(who, thread.seccomp)
     _check_scheduling(who, thread.scheduling)
 
@@ -260,12 +309,13 @@ def _check_thread(pid: int, thread: Thread, bounds: Bounds) -> None:
 # ------------------------------------------------------------------------------------------------- privileges
 
 
-def _check_credentials(who: str, creds: Credentials, bounds: Bounds) -> None:
+def _check_credentials(who: str, creds: Credentials, bounds: Bounds, *, nested: bool) -> None:
+    """`nested`: in a user namespace of its own, in which it may have all."""
     ids = (*creds.uid, *creds.gid, *creds.groups)
     _expect(all(0 <= number < NO_ID for number in ids) and len(creds.groups) <= 1 << 16, f"{who} has impossible ids")
     has = creds.inheritable | creds.permitted | creds.effective | creds.bounding | creds.ambient
     _expect(has >= 0, f"{who} has impossible capabilities")
-    if has & ~bounds.capabilities:
+    if has & ~bounds.capabilities and not nested:
         raise RestoreFailed(f"{who} has capabilities that no pod may have ({has & ~bounds.capabilities:#x})")
 
 
