@@ -46,6 +46,7 @@ fi
 if [ "$what" = test ]; then
     path '/usr/lib/postgresql/*/bin/pg_amcheck' postgresql
     program nginx nginx
+    program chromium chromium
     program wrk wrk
     program memcached memcached
     program mariadbd mariadb-server
