@@ -26,7 +26,7 @@ from podtree.script import stub
 from podtree.script.task import NO_SYSCALL
 from podtree.script.vdso import leave_stub
 from podtree.ties import Ties
-from podtree.tracees import NotStopped, Tracees, living_threads
+from podtree.tracees import NotStopped, Tracees, living_threads, process_of
 
 STOP_PATIENCE_S = 0.2  # a task that doesn't stop within this is in the middle of vfork(2) or of slow I/O
 ATTEMPTS = 25
@@ -124,8 +124,7 @@ class Freezer:
                 self._tracees.release(self._list_pids)
                 frozen.release()
                 raise
-            self._ties.give_back(self._tracees)
-            self._tracees.release()
+            frozen.release()
             insight.prepare()
             time.sleep(0.002 * (attempt + 1))
         raise Refused([Problem(pid=0, comm="", object="pod", reason="doesn't come to rest", hint="try again")])
@@ -190,7 +189,7 @@ def _with_zombies(pids: Iterable[int]) -> list[int]:
 
 
 def _describe(frozen: Frozen, pids: Iterable[int], restarts: Restarts) -> list[FrozenProcess]:
-    found: list[FrozenProcess] = []
+    found = frozen.processes  # whatever happens here: what is in there is released
     for pid in pids:
         try:
             text = procfs.status(pid)
@@ -201,11 +200,20 @@ def _describe(frozen: Frozen, pids: Iterable[int], restarts: Restarts) -> list[F
         inner = procfs.pod_id(text)
         tids = [t for t in procfs.threads(pid) if t in frozen.stopped]
         if text["State"][0] in "ZX" and not tids:
+            _refuse_strange_tracer(pid, text)
             found.append(FrozenProcess(pid, inner, text["Name"], -1, zombie=True))
             continue
         tasks = [_describe_task(frozen, pid, t, restarts) for t in sorted(tids, key=lambda t: (t != pid, t))]
         found.append(FrozenProcess(pid, inner, text["Name"], _open_pidfd(pid, inner, text["Name"]), tasks))
-    return sorted(found, key=lambda p: p.pid)
+    found.sort(key=lambda p: p.pid)
+    return found
+
+
+def _refuse_strange_tracer(pid: int, text: dict[str, str]) -> None:
+    """A process that has ended is made again for its parent to hear of; nobody else would."""
+    tracer = int(text["TracerPid"])
+    if tracer not in (0, os.getpid()) and process_of(tracer) != int(text["PPid"]):
+        raise NotStopped(pid, "it has ended, and its tracer has not waited for that yet")
 
 
 def _open_pidfd(pid: int, inner: int, comm: str) -> int:

@@ -84,6 +84,8 @@ class Ties:
             with _Agent(tracer) as agent:
                 for pid, tid in groups[tracer]:
                     self._take(agent, pid, tid, tracees, undone)
+        for pid in {tie.pid for tie in self.taken.values()}:
+            _refuse_unnoticed_ends(pid)
 
     def _take(
         self, agent: _Agent, pid: int, tid: int, tracees: Tracees, undone: Callable[[int, int], bool]
@@ -142,6 +144,14 @@ def _give(agent: _Agent, tie: Tie, tracees: Tracees | None) -> bool:
         agent.let_go(tie, regs, sigmask)
         return False
     return True
+
+
+def _refuse_unnoticed_ends(pid: int) -> None:
+    """Threads that have ended, which only their tracer has still to hear of, can't be made again."""
+    with suppress(FileNotFoundError, ProcessLookupError):
+        for tid in procfs.threads(pid):
+            if tid != pid and procfs.stat(pid, tid).state == "Z":
+                raise NotStopped(tid, "it has ended, and its tracer has not waited for that yet")
 
 
 def _send_home(tid: int, regs: Regs, sigmask: int) -> None:

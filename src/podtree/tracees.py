@@ -204,7 +204,7 @@ class Tracees:
             if text["TracerPid"] == "0":
                 return False  # it is ending
             tracer = int(text["TracerPid"])
-            if tracer != os.getpid() and _process_of(tracer) in pids:
+            if tracer != os.getpid() and process_of(tracer) in pids:
                 self.foreign[tid] = (pid, tracer)
                 return True
             if tracer != os.getpid():
@@ -279,7 +279,7 @@ class Tracees:
         if stop.event in _BIRTHS:
             child = ptrace.event_message(tid)
             if child not in self.stopped:
-                self._add(child, _process_of(child))
+                self._add(child, process_of(child))
 
     def _notice_deaths(self) -> None:
         """Of stopped tasks that were killed: somebody else may not stop before we have."""
@@ -434,10 +434,10 @@ def _vfork_children(pid: int, tid: int) -> list[int]:
 
 
 def _vfork_children_of(tid: int) -> list[int]:
-    return _vfork_children(_process_of(tid), tid)
+    return _vfork_children(process_of(tid), tid)
 
 
-def _process_of(tid: int) -> int:
+def process_of(tid: int) -> int:
     """The process that a thread belongs to; the same number if it is gone."""
     try:
         return int(procfs.status(tid)["Tgid"])
