@@ -21,8 +21,7 @@ import msgspec
 
 from podtree.errors import Conflict, PodtreeError, UsageError
 from podtree.kernel.pidfd import has_ended, pidfd_open, pidfd_send_signal
-from podtree.objects import external
-from podtree.pod import cgroup, engine, hop, keeper, metrics, nursery, recording, rewinding, seccomp, wire
+from podtree.pod import cgroup, engine, hop, keeper, metrics, nursery, recording, requests, rewinding, seccomp, wire
 from podtree.pod.attached import Attachments
 from podtree.pod.branching import Branch
 from podtree.pod.cgroup import Cgroup
@@ -84,15 +83,15 @@ class Supervisor:
         else:
             self.name, spec = "", self.pool.spec_of(CheckpointId(start.branch))
         self.spec = PodSpec.from_dict(spec)
-        self.clients = Attachments(self.loop, interactive=self.spec.interactive, changed=self._tell_state)
+        self.clients = Attachments(self.loop, interactive=self.spec.interactive, changed=self.tell_state)
         self._listener = listener
         self._keeper: socket.socket | None = keeper_channel
         self._held = held
         self._hop_fd = hop.open_hop()
         self.filter = seccomp.load(dirs.home, nested=self.spec.nested)
         self._connections: set[Connection] = set()
-        self._waiting: list[Connection] = []
-        self._looks: dict[Connection, list[Draft]] = {}
+        self.waiting: list[Connection] = []
+        self.looks: dict[Connection, list[Draft]] = {}
         self._ended: dict[str, int] = {}  # codes of sessions that are over, until their clients are told
         self._serial = 0
         self._finished = False
@@ -283,7 +282,7 @@ class Supervisor:
         def closed() -> None:
             """The keeper's copy would keep the other side from noticing."""
             self._tell_keeper({"drop": [f"{name}:{number}" for number, fd in enumerate(ends.pipes) if fd is None]})
-            self._tell_state()
+            self.tell_state()
 
         return Stdio(self.loop, ends, log_fd, closed)
 
@@ -376,7 +375,7 @@ class Supervisor:
             "recording": msgspec.to_builtins(self.recorder.settings) if self.recorder else None,
         }
 
-    def _tell_state(self) -> None:
+    def tell_state(self) -> None:
         if self.live is not None:
             self._tell_keeper({"state": self._state()})
 
@@ -439,9 +438,9 @@ class Supervisor:
     def _gone(self, client: Connection) -> None:
         self._connections.discard(client)
         self.clients.detach(client)
-        if client in self._waiting:
-            self._waiting.remove(client)
-        for draft in self._looks.pop(client, ()):
+        if client in self.waiting:
+            self.waiting.remove(client)
+        for draft in self.looks.pop(client, ()):
             with contextlib.suppress(OSError):  # then the next checkpoint removes it
                 draft.abort()
 
@@ -451,7 +450,7 @@ class Supervisor:
             if "do" not in message:
                 self.clients.hear(client, message, self._signal_to)
                 return
-            request = _REQUESTS.get(str(message["do"]))
+            request = requests.BY_NAME.get(str(message["do"]))
             if request is None:
                 raise UsageError(f"the pod's supervisor knows no {message['do']!r}")
             result = request(self, client, message)
@@ -485,65 +484,10 @@ class Supervisor:
             with contextlib.suppress(ProcessLookupError):
                 pidfd_send_signal(pidfd, number)
 
-    # ---- requests: each gives the reply, or None when it replies later
+    # ---- processes of `exec`
 
-    def _do_status(self, client: Connection, message: dict[str, Any]) -> dict[str, Any]:
-        live = self.running()
-        return {
-            "id": self.pod_id,
-            "pid": live.init_pid,
-            "supervisor": os.getpid(),
-            "stdio": self.spec.stdio,
-            "attached": len(self.clients),
-            "sessions": {name: session.pid for name, session in live.sessions.items()},
-            "pids": live.pids(),
-        }
-
-    def _do_attach(self, client: Connection, message: dict[str, Any]) -> dict[str, Any]:
-        name = str(message.get("name", INIT))
-        if name not in self.clients.stdio:
-            self.running()
-            raise Conflict(f"the command that was run in pod {self.name} has ended")
-        if name == INIT and self.spec.stdio not in ("tty", "pipes"):
-            raise Conflict(f"pod {self.name} writes to its log only", "podtree logs -f follows it")
-        self.clients.attach(client, name, message.get("size"))
-        return {"stdio": self.spec.stdio}
-
-    def _do_signal(self, client: Connection, message: dict[str, Any]) -> dict[str, Any]:
-        try:
-            pidfd_send_signal(self.running().init_pidfd, int(message["signal"]))
-        except ProcessLookupError:
-            raise Conflict(f"pod {self.name} has ended") from None
-        return {}
-
-    def _do_wait(self, client: Connection, message: dict[str, Any]) -> dict[str, Any] | None:
-        if self.exit_code is not None:
-            return {"code": self.exit_code}
-        self._waiting.append(client)
-        return None
-
-    def _do_stop(self, client: Connection, message: dict[str, Any]) -> None:
-        """A signal, and SIGKILL after `timeout` seconds; the reply comes when the pod has ended."""
-        live = self.running()
-        self._waiting.append(client)
-        number, timeout = int(message.get("signal", signal.SIGTERM)), message.get("timeout")
-
-        def send(number: int) -> None:
-            with contextlib.suppress(ProcessLookupError):  # it has just ended by itself
-                pidfd_send_signal(live.init_pidfd, number)
-
-        send(number)
-        if number != signal.SIGKILL:
-            send(signal.SIGCONT)
-
-        def kill() -> None:
-            if self.live is live:
-                send(signal.SIGKILL)
-
-        if timeout is not None:
-            self.loop.later(float(timeout), kill)
-
-    def _do_exec(self, client: Connection, message: dict[str, Any]) -> None:
+    def execute(self, client: Connection, message: dict[str, Any]) -> None:
+        """Start a process in the pod; the reply comes when it is known whether that worked."""
         live = self.running()
         spec = check(PodSpec.from_dict(message["spec"]))
         self._serial += 1
@@ -593,68 +537,6 @@ class Supervisor:
         for stdio in self.clients.stdio.values():
             stdio.drain()
 
-    def _do_checkpoint(self, client: Connection, message: dict[str, Any]) -> dict[str, Any] | None:
-        """With `no_wait` the reply comes when it is captured; what becomes of it then is told by its state."""
-        text = str(message.get("message", ""))
-        notes = {"mark": text} if message.get("mark") else {}
-        shared = external.policy(message.get("external"))
-        if not message.get("no_wait"):
-            return engine.checkpoint(
-                self, stop=bool(message.get("stop")), message=text, notes=notes, shared=shared
-            )
-        told = False
-
-        def captured(what: dict[str, Any]) -> None:
-            nonlocal told
-            told = True
-            client.send({"ok": {**what, "pod": self.name}})
-
-        try:
-            engine.checkpoint(self, message=text, captured=captured, notes=notes, shared=shared)
-        except Exception:
-            if not told:
-                raise
-            traceback.print_exc()
-        return None
-
-    def _do_record(self, client: Connection, message: dict[str, Any]) -> dict[str, Any]:
-        """With `settings` the pod is recorded from now on, with `off` no longer; without both: how it goes."""
-        self.running()
-        if message.get("settings") is not None or message.get("off"):
-            if self.recorder is not None:
-                self.recorder.stop()
-            done, self.recorder = self.recorder, None
-            if message.get("off"):
-                self._tell_state()
-                return recording.describe(done)
-            self.recorder = recording.begin(self, message["settings"])
-            self._tell_state()
-        return recording.describe(self.recorder)
-
-    def _do_metrics(self, client: Connection, message: dict[str, Any]) -> dict[str, Any]:
-        live = self.running()
-        return {
-            "pod": self.pool.pod(self.pod_id).name,
-            "id": self.pod_id,
-            "tally": msgspec.to_builtins(self.tally),
-            "interval": self.recorder.settings.every_ns / 1e9 if self.recorder is not None else 0.0,
-            "processes": len(live.pids()),
-            **metrics.of_process(os.getpid()),
-        }
-
-    def _do_check(self, client: Connection, message: dict[str, Any]) -> dict[str, Any]:
-        problems = engine.check(self, external.policy(message.get("external")))
-        return {"problems": [msgspec.to_builtins(problem) for problem in problems]}
-
-    def _do_look(self, client: Connection, message: dict[str, Any]) -> dict[str, Any]:
-        """The pod as it is now, for whoever wants to compare it: it stays until the client hangs up."""
-        draft = engine.look(self)
-        self._looks.setdefault(client, []).append(draft)
-        return {"directory": str(draft.dir)}
-
-    def _do_rewind(self, client: Connection, message: dict[str, Any]) -> dict[str, Any]:
-        return rewinding.rewind(self, str(message["checkpoint"]))
-
     # ---- ends
 
     def _watch_session(self, session: ExecSession) -> None:
@@ -677,7 +559,7 @@ class Supervisor:
         self._ended[session.name] = self._reap(session.pid, note)
         if self.live is not None:
             self.live.sessions.pop(session.name, None)
-        self._tell_state()
+        self.tell_state()
         note.unlink(missing_ok=True)  # the number may come again
         self._session_over(session.name)
 
@@ -767,7 +649,7 @@ class Supervisor:
             if self.spec.auto_remove and not self.pool.checkpoints(self.pod_id):
                 self.pool.remove_pod(self.pod_id)
         self._tell_keeper({"done": True})
-        for client in self._waiting:
+        for client in self.waiting:
             client.send({"ok": {"code": self.exit_code}})
         self._leave_when_sent()
 
@@ -808,20 +690,3 @@ def _holds(name: str, ends: StdioEnds) -> dict[str, int]:
 def _open_log(dirs: PodDirs) -> int:
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
     return os.open(dirs.log, flags, 0o600)
-
-
-_Request = Callable[[Supervisor, Connection, dict[str, Any]], dict[str, Any] | None]
-_REQUESTS: dict[str, _Request] = {
-    "status": Supervisor._do_status,
-    "attach": Supervisor._do_attach,
-    "signal": Supervisor._do_signal,
-    "wait": Supervisor._do_wait,
-    "stop": Supervisor._do_stop,
-    "exec": Supervisor._do_exec,
-    "checkpoint": Supervisor._do_checkpoint,
-    "record": Supervisor._do_record,
-    "metrics": Supervisor._do_metrics,
-    "check": Supervisor._do_check,
-    "look": Supervisor._do_look,
-    "rewind": Supervisor._do_rewind,
-}
