@@ -443,7 +443,8 @@ def refuse_what_nesting_forbids(manifest: Manifest, ctx: CollectContext) -> None
             ctx.refuse(one, "System V shared memory", "is attached in a user namespace of its own")
     for file in manifest.files:
         owner = file.owner
-        if owner and spaces[owner.pid] != POD and spaces.get(owner.id, POD) != spaces[owner.pid]:
+        space = spaces.get(owner.pid, POD) if owner else POD  # a thread with descriptors of its own is in none
+        if owner and space != POD and spaces.get(owner.id, POD) != space:
             ctx.refuse(frozen[owner.pid], f"fd {owner.fd}", "has an owner (F_SETOWN) outside of the pid namespace")
 
 
