@@ -183,3 +183,16 @@ def test_not_of_what_shares_with_the_host(podtree: Podtree, tmp_path: Path) -> N
     assert not waiting(podtree)
     assert podtree.branch(ref).running()
     assert parent(keeper) >= 1
+
+
+def test_not_with_much_memory_that_has_to_be_there(podtree: Podtree) -> None:
+    """What may never be wanted isn't worth it."""
+    program = "import os, time; f = os.memfd_create('big'); os.write(f, bytes(256 << 20)); print('READY', flush=True)"
+    origin = podtree.run(SYSTEM_PYTHON, "-c", f"{program}\nwhile True: time.sleep(0.1)")
+    origin.wait_log("READY")
+    ref = origin.checkpoint()
+    podtree.branch(ref)
+    until(lambda: not waiting(podtree), "what was begun is given up")
+    time.sleep(1)
+    assert not waiting(podtree)
+    assert podtree.branch(ref).running()

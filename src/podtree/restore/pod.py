@@ -22,7 +22,7 @@ from podtree.image.manifest import Manifest
 from podtree.kernel import caps, procfs, ptrace, userfaultfd
 from podtree.kernel.namespaces import Clone, clone_python, setns
 from podtree.kernel.pidfd import pidfd_getfd, pidfd_open
-from podtree.kernel.sys import NR, syscall
+from podtree.kernel.sys import NR, PAGE_SIZE, syscall
 from podtree.objects import inotify, sysvipc, tmpfs
 from podtree.objects.context import RestoreContext
 from podtree.objects.descriptors import Deferred, arm_timers, numbers_needed, restore_files
@@ -41,7 +41,7 @@ from podtree.restore.arena import Body
 from podtree.restore.holders import Holders
 from podtree.restore.late import LateFiles
 from podtree.restore.nest import Nest, nest_of
-from podtree.restore.pagecheck import PageCheck
+from podtree.restore.pagecheck import PageCheck, filled_at_once
 from podtree.restore.pager import Filling, Lazy
 from podtree.restore.process import ProcessRestorer, Shared
 from podtree.restore.time import enter_new_time, join_time
@@ -52,6 +52,7 @@ from podtree.ties import Tie, Ties
 from podtree.tracees import OPTIONS
 
 END_PATIENCE_S = 10.0
+MOST_AHEAD_BYTES = 128 << 20  # of memory for what may never be wanted, and time for it in a supervisor
 CLOSE_RANGE_CLOEXEC = 4  # linux/close_range.h
 
 
@@ -145,10 +146,8 @@ class Restore:
         manifest = manifest_file.load(self._image_fd)
         check_machine(manifest)
         self._manifest = manifest = confine(manifest, self.bounds)
-        if self._waits and any(p.shared.memory for p in manifest.processes):
-            raise RestoreFailed("processes that share memory can't be given their clocks later")  # setns(2)
-        if self._waits and manifest.nesting.users:  # who is in a user namespace can't join that of the pod's clocks
-            raise RestoreFailed("a checkpoint with user namespaces made inside can't be brought back ahead")
+        if self._waits:
+            _check_may_wait(manifest, self._image_fd)
         self._nest = nest = nest_of(manifest.nesting, manifest.processes, manifest.zombies)
         check = None if verified else PageCheck(self._image_fd, manifest)
         try:
@@ -362,6 +361,18 @@ class Restore:
         """A duplicate of a restored file, as long as it is in its slot."""
         assert self._launched is not None
         return pidfd_getfd(self._launched.init_pidfd, self._layout.slot_base + number)
+
+
+def _check_may_wait(manifest: Manifest, image_fd: int) -> None:
+    """Raises RestoreFailed for what had better not be made before it is wanted."""
+    if any(process.shared.memory for process in manifest.processes):
+        raise RestoreFailed("processes that share memory can't be given their clocks later")  # setns(2)
+    if manifest.nesting.users:  # who is in a user namespace can't join that of the pod's clocks
+        raise RestoreFailed("a checkpoint with user namespaces made inside can't be brought back ahead")
+    size = sum(verify.shared_contents(manifest).values())
+    size += sum(count for runs in filled_at_once(image_fd, manifest).values() for _, count in runs) * PAGE_SIZE
+    if size > MOST_AHEAD_BYTES:
+        raise RestoreFailed(f"{size >> 20} MiB of memory would have to be there ahead")
 
 
 def _go_on_from(manifest: Manifest) -> ClockOffsets:
