@@ -13,6 +13,12 @@ from driver import SYSTEM_PYTHON, Podtree, until
 
 COUNTER = "import time\nn = 0\nwhile True:\n    n += 1; time.sleep(0.02)"
 
+UNSAVED = """
+import fcntl, os, time
+fcntl.fcntl(os.open("/tmp", os.O_RDONLY), fcntl.F_NOTIFY, fcntl.DN_DELETE)
+time.sleep(1000)
+"""
+
 
 def samples(text: str, pod: str) -> dict[str, float]:
     """By name, of one pod; of histograms without buckets."""
@@ -56,7 +62,7 @@ def test_metrics(podtree: Podtree) -> None:
     before = samples(podtree("metrics").out, pod.name)
     assert before["podtree_checkpoints_total"] == before["podtree_pause_seconds_count"] == 0
     pod.checkpoint()
-    pod.sh("strace -o /dev/null sleep 1000 > /dev/null 2>&1 &")
+    podtree("exec", "-d", pod.name, "--", SYSTEM_PYTHON, "-c", UNSAVED)
     until(lambda: podtree("checkpoint", pod.name, code=None).code == 3, "it can't be saved")
     podtree("record", pod.name, "--every", "2h")
     found = samples(podtree("metrics", pod.name).out, pod.name)
