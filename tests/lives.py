@@ -68,8 +68,7 @@ def verify(*pods: Pod, seconds: float = 90) -> None:
 def generations(podtree: Podtree, origin: Pod) -> list[Pod]:
     """Checkpoints a ready pod, branches it and a branch of it; returns the pods whose programs shall verify.
 
-    The origin runs on to the end; the branch between is killed before its own checkpoint is brought back. The last is
-    the second one of its checkpoint: most likely one that was made ready ahead (podtree.pod.nursery).
+    The origin runs on to the end; the branch between is killed before its own checkpoint is brought back.
     """
     first = origin.checkpoint()
     second = origin.checkpoint()
@@ -77,8 +76,8 @@ def generations(podtree: Podtree, origin: Pod) -> list[Pod]:
     third = two.checkpoint()
     two.kill()
     two.wait()
-    three, four = podtree.branch(third, origin.name), podtree.branch(second, origin.name)
-    return [one, three, four, origin]
+    three = podtree.branch(third, origin.name)
+    return [one, three, origin]
 
 
 def live_on(podtree: Podtree, origin: Pod) -> None:
