@@ -96,6 +96,20 @@ def test_supervisor_dies_while_it_fills(slowly: Podtree) -> None:
     branch.checkpoint()
 
 
+def test_rewound_while_it_fills(slowly: Podtree) -> None:
+    """The pager of before is forgotten: a supervisor that comes later doesn't wait for it, or end the pod."""
+    pod = start(slowly)
+    ref = pod.checkpoint()
+    for _ in range(2):
+        slowly("rewind", pod.name, ref)
+        pager_of(pod)
+    os.kill(supervisor_of(pod), signal.SIGKILL)
+    verify(pod)
+    pod.checkpoint()
+    run = slowly.home / "run" / pod.info()["id"]
+    assert not [entry for entry in run.iterdir() if entry.name.startswith(pager.FILE)]
+
+
 @pytest.mark.parametrize("orphaned", [False, True])
 def test_pager_dies_while_it_fills(hardly: Podtree, orphaned: bool) -> None:
     """The pod can't go on, and doesn't: nobody reads zeros where there was something."""

@@ -174,6 +174,7 @@ class Filling:
         self._link = link
         self._uffds = uffds
         self._all_there = False
+        self._begun = False
 
     def fileno(self) -> int:
         """Readable when `wait` won't wait, and once this is closed."""
@@ -182,6 +183,7 @@ class Filling:
     def begin(self) -> None:
         """Have the pager answer, and fill."""
         os.rename(self._passing, self._mark)
+        self._begun = True
         with contextlib.suppress(OSError):  # it is gone, which shows when it is missed
             self._link.send(_BEGIN)
 
@@ -208,10 +210,12 @@ class Filling:
 
     def abandon(self) -> None:
         """The pod has ended, or is going to be."""
-        self._passing.unlink(missing_ok=True)
         with contextlib.suppress(ProcessLookupError):
             os.kill(self._pid, signal.SIGKILL)
         self.settled()
+        self._passing.unlink(missing_ok=True)
+        if self._begun:  # whoever comes to this pod later is not to wait for that pager
+            self._mark.unlink(missing_ok=True)
 
     def _close(self) -> None:
         with contextlib.suppress(OSError):  # ENOTCONN: the pager is gone
