@@ -173,7 +173,9 @@ ALLOW, EPERM, ENOSYS = 0x7FFF0000, 0x50000 | errno.EPERM, 0x50000 | errno.ENOSYS
         (310, (), ALLOW),  # process_vm_readv
         (165, (), EPERM),  # mount
         (250, (), EPERM),  # keyctl
-        (272, (), EPERM),  # unshare
+        (272, (0x600,), ALLOW),  # unshare: a thread's own descriptors and directories
+        *((272, (kind,), EPERM) for kind in (0x20000, 0x2000000, 0x4000000, 0x8000000, 0x10000000, 0x20000000)),
+        *((272, (kind,), EPERM) for kind in (0x40000000, 0x80)),  # namespaces
         (308, (), EPERM),  # setns
         (321, (), EPERM),  # bpf
         (298, (), EPERM),  # perf_event_open
