@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from driver import SYSTEM_PYTHON, Podtree, until
+from lives import start, verify
 from podtree.errors import Refused
 from podtree.freeze import Freezer
 from podtree.kernel import procfs, ptrace
@@ -164,6 +165,17 @@ def test_inside_of_vfork(podtree: Podtree, compiled: Callable[[str], Path]) -> N
     podtree("check", pod.name)
     pod.kill()
     assert pod.wait() == 137
+
+
+def test_blocked_calls_outlive_attempts_that_fail(podtree: Podtree, compiled: Callable[[str], Path]) -> None:
+    """A stop that is given up interrupts nobody: no EINTR, as after one that succeeds."""
+    pod = start(podtree, compiled("blocked"), "all_kinds", name="blocked")
+    podtree("exec", "-d", pod.name, "--", compiled("racing"), "stays_in_vfork")
+    until(lambda: "stays_in_vfork" in pod.sh("ps -e -o args="), "somebody is inside of vfork")
+    for _ in range(2):  # refused, or at the last attempt not: that child goes on now and then
+        podtree("checkpoint", pod.name, code=None)
+    pod.sh("pkill -KILL -f [s]tays_in_vfork || true")
+    verify(pod)
 
 
 def test_traced_by_its_parent(podtree: Podtree) -> None:

@@ -74,4 +74,4 @@ def test_threads_are_told_apart() -> None:
 def test_hostile_image() -> None:
     files = [OpenFile(0, os.O_RDWR, 0, PidFd(77))]
     with pytest.raises(Damaged, match="pidfd of process 77"):
-        LateFiles(files, Tree(0, lambda _: None), 1000, 0).make(lambda _: False)  # type: ignore[arg-type, return-value]
+        LateFiles(files, Tree(0, lambda _: None, None), 1000, 0).make(lambda _: False)  # type: ignore[arg-type, return-value]

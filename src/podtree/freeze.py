@@ -13,7 +13,7 @@ import signal
 import socket
 import struct
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 
 from podtree.errors import Problem, Refused
@@ -110,16 +110,20 @@ class Freezer:
         for attempt in range(ATTEMPTS):
             frozen = Frozen(self._tracees, self._ties)
             try:
-                if self._stop_all():
+                left_behind = self._stop_all()
+                if not left_behind:
                     frozen.processes = _describe(frozen, _with_zombies(self._list_pids()), self._restarts)
                     self._restarts.forget(set(frozen.stopped))
                     return frozen
+                self._put_right(frozen, left_behind)
             except NotStopped as stuck:
+                self._put_right(frozen)
                 self._ties.give_back(self._tracees)
                 if attempt == ATTEMPTS - 1:
                     self._tracees.release(self._list_pids)
                     raise Refused([_stuck_problem(stuck)]) from stuck
             except BaseException:
+                self._put_right(frozen)
                 self._ties.give_back(self._tracees)
                 self._tracees.release(self._list_pids)
                 frozen.release()
@@ -136,8 +140,14 @@ class Freezer:
         """
         return self._tracees.tend()
 
-    def _stop_all(self) -> bool:
-        """False if some task was still inside of a killed supervisor's script: it is on its way home.
+    def _put_right(self, frozen: Frozen, but: Collection[int] = ()) -> None:
+        """An attempt has failed: the calls that it interrupted go on as if nothing had been, but for some tasks'."""
+        for tid in set(frozen.stopped).difference(but):
+            with contextlib.suppress(OSError, LookupError, ValueError):  # it has ended
+                _describe_task(frozen, process_of(tid), tid, self._restarts)
+
+    def _stop_all(self) -> list[int]:
+        """Tasks that were still inside of a killed supervisor's script: they are on their way home.
 
         One that is stopped by job control, too, gets there only while it is traced.
         """
@@ -148,7 +158,7 @@ class Freezer:
         self._tracees.run_shortly([tid for tid in left_behind if stopped[tid].is_group_stop], STOP_PATIENCE_S)
         if self._tracees.foreign and not left_behind:
             self._ties.take(self._tracees, _is_undone)
-        return not left_behind
+        return left_behind
 
     def _look_again(self) -> None:
         """A process in the midst of being stopped or continued by job control: all its threads get as far as that.
