@@ -50,11 +50,11 @@ def compare(image_fd: int, wanted: Wanted) -> None:
 
 
 class PageCheck:
-    """The comparison of what is filled in at once, under way. Raises Damaged where a map is."""
+    """The comparison of what is filled in at once (`wanted`), under way."""
 
-    def __init__(self, image_fd: int, manifest: Manifest) -> None:
+    def __init__(self, image_fd: int, wanted: Wanted) -> None:
         self._image_fd = image_fd
-        self._wanted = filled_at_once(image_fd, manifest)
+        self._wanted = wanted
         self._pid = 0
         pages = sum(count for runs in self._wanted.values() for _, count in runs)
         if pages * PAGE_SIZE >= _FORK_FROM:

@@ -41,7 +41,7 @@ from podtree.restore.arena import Body
 from podtree.restore.holders import Holders
 from podtree.restore.late import LateFiles
 from podtree.restore.nest import Nest, nest_of
-from podtree.restore.pagecheck import PageCheck, filled_at_once
+from podtree.restore.pagecheck import PageCheck, Wanted, filled_at_once
 from podtree.restore.pager import Filling, Lazy
 from podtree.restore.process import ProcessRestorer, Shared
 from podtree.restore.time import enter_new_time, join_time
@@ -146,10 +146,11 @@ class Restore:
         manifest = manifest_file.load(self._image_fd)
         check_machine(manifest)
         self._manifest = manifest = confine(manifest, self.bounds)
+        wanted = {} if verified else filled_at_once(self._image_fd, manifest)
         if self._waits:
-            _check_may_wait(manifest, self._image_fd)
+            _check_may_wait(manifest, wanted)
         self._nest = nest = nest_of(manifest.nesting, manifest.processes, manifest.zombies)
-        check = None if verified else PageCheck(self._image_fd, manifest)
+        check = None if verified else PageCheck(self._image_fd, wanted)
         try:
             steps = plan.plan_image(manifest)
             self._layout = layout = _Layout(manifest, self.bounds, nest)
@@ -363,14 +364,14 @@ class Restore:
         return pidfd_getfd(self._launched.init_pidfd, self._layout.slot_base + number)
 
 
-def _check_may_wait(manifest: Manifest, image_fd: int) -> None:
+def _check_may_wait(manifest: Manifest, at_once: Wanted) -> None:
     """Raises RestoreFailed for what had better not be made before it is wanted."""
     if any(process.shared.memory for process in manifest.processes):
         raise RestoreFailed("processes that share memory can't be given their clocks later")  # setns(2)
     if manifest.nesting.users:  # who is in a user namespace can't join that of the pod's clocks
         raise RestoreFailed("a checkpoint with user namespaces made inside can't be brought back ahead")
     size = sum(verify.shared_contents(manifest).values())
-    size += sum(count for runs in filled_at_once(image_fd, manifest).values() for _, count in runs) * PAGE_SIZE
+    size += sum(count for runs in at_once.values() for _, count in runs) * PAGE_SIZE
     if size > MOST_AHEAD_BYTES:
         raise RestoreFailed(f"{size >> 20} MiB of memory would have to be there ahead")
 
