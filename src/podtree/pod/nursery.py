@@ -147,8 +147,9 @@ class _Standby:
     def hear(self) -> bool:
         """It is ready, or (False) it is gone."""
         with contextlib.suppress(OSError):
-            self.ready = self.sock.recv(1, socket.MSG_DONTWAIT) == READY
-            return self.ready
+            if self.sock.recv(1, socket.MSG_DONTWAIT) == READY:
+                self.ready = True
+                return True
         return False
 
 
