@@ -22,10 +22,11 @@ from types import FrameType
 
 import click
 
-from bench import criu, figures, memory, plots
+from bench import criu, figures, plots
 from bench.cases import CASES, Case, Running, quick
 from bench.figures import Book, table, to_json
 from bench.place import Place
+from podtree.kernel.procfs import memory_available
 
 WARM_UP = {"trees": 2, "large": 1, "history": 0, "storm": 0, "recorded": 0}
 SPARE_MB = 1500
@@ -33,7 +34,7 @@ SPARE_MB = 1500
 
 def fitting(cases: list[Case], book: Book) -> list[Case]:
     """Those that this machine has memory for at the same time, the largest left out first."""
-    free = memory.available() >> 20
+    free = memory_available() >> 20
     while cases and sum(case.megabytes() for case in cases) + SPARE_MB > free:
         largest = max(cases, key=lambda case: case.megabytes())
         needed = f"{largest.megabytes()} MB of memory beside the others; {free} MB are available"

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import podtree
+from podtree.kernel.procfs import memory_available
 
 _STEADY = 64 << 20
 _PATIENCE_S = 30
@@ -21,19 +22,13 @@ class Taken:
     whole: int  # with the pods' supervisors and keepers
 
 
-def available() -> int:
-    """MemAvailable, in bytes."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
-
-
 def settled() -> int:
     """The same, once it has stood still for a second: no memory comes in or is given back any more."""
     deadline = time.monotonic() + _PATIENCE_S
-    last, now = 0, available()
+    last, now = 0, memory_available()
     while abs(now - last) > _STEADY and time.monotonic() < deadline:
         time.sleep(1)
-        last, now = now, available()
+        last, now = now, memory_available()
     return now
 
 

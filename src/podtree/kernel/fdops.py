@@ -9,6 +9,7 @@ from __future__ import annotations
 import array
 import contextlib
 import enum
+import errno
 import fcntl
 import functools
 import os
@@ -110,3 +111,17 @@ def set_lock(fd: int, *, write: bool, start: int, end: int | None) -> None:
     length = 0 if end is None else end - start + 1
     kind = fcntl.F_WRLCK if write else fcntl.F_RDLCK
     fcntl.fcntl(fd, F_OFD_SETLK, struct.pack("hhqqi4x", kind, os.SEEK_SET, start, length, 0))
+
+
+def data_extents(fd: int, size: int) -> Iterator[tuple[int, int]]:
+    """(start, end) of the parts of a file of `size` bytes that are no holes, in bytes; moves the file's position."""
+    position = 0
+    while position < size:
+        try:
+            start = os.lseek(fd, position, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # only a hole follows
+                return
+            raise
+        position = os.lseek(fd, start, os.SEEK_HOLE)
+        yield start, position

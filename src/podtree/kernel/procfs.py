@@ -176,3 +176,9 @@ def inner_id(text: dict[str, str], key: str = "NSpid") -> int:
 def ns_pids(text: dict[str, str]) -> list[int]:
     """NSpid of a status: the id in each pid namespace, the reader's first, the innermost last."""
     return [int(v) for v in text["NSpid"].split()]
+
+
+def memory_available() -> int:
+    """Bytes that programs could have without swapping: MemAvailable of /proc/meminfo."""
+    lines = read_text("/proc/meminfo").splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))

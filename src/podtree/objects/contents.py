@@ -16,7 +16,6 @@ from __future__ import annotations
 import bisect
 import contextlib
 import ctypes
-import errno
 import hashlib
 import mmap
 import os
@@ -29,6 +28,7 @@ from pathlib import Path
 import xxhash
 
 from podtree.errors import Damaged
+from podtree.kernel import fdops
 from podtree.kernel.pageruns import subtract_runs
 from podtree.kernel.sys import PAGE_SIZE
 
@@ -273,21 +273,10 @@ def write_all(fd: int, data: bytes | memoryview, offset: int | None = None) -> N
 def data_ranges(fd: int, size: int) -> list[tuple[int, int]]:
     """(first page, page after the last) of the parts of a file that are no holes; the file offset is put back."""
     before = os.lseek(fd, 0, os.SEEK_CUR)
-    ranges = []
-    position = 0
     try:
-        while position < size:
-            try:
-                start = os.lseek(fd, position, os.SEEK_DATA)
-            except OSError as error:
-                if error.errno == errno.ENXIO:
-                    break
-                raise
-            position = os.lseek(fd, start, os.SEEK_HOLE)
-            ranges.append((start // PAGE_SIZE, -(-position // PAGE_SIZE)))
+        return [(start // PAGE_SIZE, -(-end // PAGE_SIZE)) for start, end in fdops.data_extents(fd, size)]
     finally:
         os.lseek(fd, before, os.SEEK_SET)
-    return ranges
 
 
 def _extend(runs: list[tuple[int, int]], first: int, count: int = 1) -> None:

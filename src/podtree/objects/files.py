@@ -194,22 +194,13 @@ def _names(directory: bytes, dir_fd: int) -> list[str]:
 def copy_sparse(source: int, target: int, size: int) -> None:
     """Copy the data of a file, leaving its holes holes."""
     os.ftruncate(target, size)
-    position = 0
-    while position < size:
-        try:
-            start = os.lseek(source, position, os.SEEK_DATA)
-        except OSError as error:
-            if error.errno == errno.ENXIO:  # only a hole follows
-                return
-            raise
-        end = os.lseek(source, start, os.SEEK_HOLE)
+    for start, end in fdops.data_extents(source, size):
         while start < end:
             block = os.pread(source, min(COPY_BLOCK, end - start), start)
             if not block:
                 return
             os.pwrite(target, block, start)
             start += len(block)
-        position = end
 
 
 def copy_attributes(source: int, target: int) -> None:

@@ -22,6 +22,8 @@ from pathlib import Path
 import msgspec
 import xxhash
 
+from podtree.kernel import fdops
+
 PAGE = 4096
 MANIFEST_MAGIC = b"PODTREE\x01"
 _DIGEST = 32
@@ -164,22 +166,10 @@ def read_descriptor(fd: int) -> list[str]:
     """As `read_through`, of an open file."""
     try:
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        for start, end in _data(fd):
+        for start, end in fdops.data_extents(fd, os.fstat(fd).st_size):
             at = start
             while at < end:
                 at += len(os.pread(fd, min(4 << 20, end - at), at)) or end
         return []
     except OSError as error:
         return [_why(error)]
-
-
-def _data(fd: int) -> Iterator[tuple[int, int]]:
-    end = 0
-    size = os.fstat(fd).st_size
-    while end < size:
-        try:
-            start = os.lseek(fd, end, os.SEEK_DATA)
-        except OSError:  # ENXIO: no data from here on
-            return
-        end = os.lseek(fd, start, os.SEEK_HOLE)
-        yield start, end

@@ -33,7 +33,7 @@ from typing import NamedTuple, NoReturn
 
 from podtree.errors import RestoreFailed
 from podtree.image.verify import SavedPages
-from podtree.kernel import mm, userfaultfd
+from podtree.kernel import mm, procfs, userfaultfd
 from podtree.kernel.pageruns import Run
 from podtree.kernel.pidfd import pidfd_send_signal
 from podtree.kernel.prctl import set_name
@@ -325,13 +325,6 @@ def _heard(link: int) -> bool:
         return False
 
 
-def _memory_available() -> int:
-    """Bytes that programs could have without swapping: MemAvailable of /proc/meminfo."""
-    with open("/proc/meminfo", encoding="ascii") as file:
-        fields = dict(line.split(":", 1) for line in file)
-    return int(fields["MemAvailable"].split()[0]) << 10
-
-
 class _Gone(Exception):
     """The address space doesn't exist any more."""
 
@@ -396,7 +389,7 @@ class Pager:
         if self._hurries or any(space.again for space in self._spaces.values()):
             return True
         if not self._has_room or self._steps % _LOOK_EVERY == 0:
-            self._has_room = _memory_available() > RESERVE_BYTES
+            self._has_room = procfs.memory_available() > RESERVE_BYTES
         self._steps += 1
         return self._has_room
 

@@ -12,6 +12,7 @@ from typing import Protocol
 import msgspec
 from blake3 import blake3
 
+from podtree.kernel import fdops
 from podtree.kernel.below import open_below, walk
 from podtree.objects.held import path_text
 from podtree.transfer.schema import TOP, UNITS, XATTRS, Entry, Parts, Run, TreeDigest, not_carried
@@ -131,14 +132,8 @@ class TreeReader:
     def _pieces(self, fd: int, size: int) -> Iterator[tuple[int, bytes]]:
         """(offset, bytes) of each chunk that isn't all zeros."""
         unit, done = self.unit, 0
-        while done < size:
-            try:
-                start = os.lseek(fd, done, os.SEEK_DATA)
-            except OSError as error:
-                if error.errno == errno.ENXIO:  # only a hole follows
-                    return
-                raise
-            end = min(os.lseek(fd, start, os.SEEK_HOLE), size)
+        for start, end in fdops.data_extents(fd, size):
+            end = min(end, size)
             at = max(done, start - start % unit)
             while at < end:
                 block = _read(fd, at, min(_BLOCK, size - at, end + -end % unit - at))
